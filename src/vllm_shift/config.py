@@ -1,0 +1,89 @@
+"""The settings of Shift Parallelism, and how they travel inside vLLM's own config."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from vllm_shift.dims import ParallelDims
+
+# The key under VllmConfig.additional_config, vLLM's dict for plugins.
+CONFIG_KEY = "shift_parallel"
+
+DEFAULT_THRESHOLD = 256
+
+
+@dataclass(frozen=True)
+class ShiftConfig:
+    """Settings of one engine; the field names are those of the flags.
+
+    Attributes:
+        tensor_parallel_size: TP degree of SP mode, T.
+        ulysses_sequence_parallel_size: SP degree of SP mode, S. The engine has S * T ranks.
+        enable_shift_parallel: choose the mode step by step; otherwise every step runs in SP mode.
+        shift_parallel_threshold: largest number of tokens of a step that runs in TP mode.
+
+    Raises:
+        ValueError: a value is of the wrong type or outside its range.
+    """
+
+    tensor_parallel_size: int = 1
+    ulysses_sequence_parallel_size: int = 1
+    enable_shift_parallel: bool = False
+    shift_parallel_threshold: int = DEFAULT_THRESHOLD
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "ulysses_sequence_parallel_size", "shift_parallel_threshold"):
+            value, least = getattr(self, name), 0 if name == "shift_parallel_threshold" else 1
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if type(self.enable_shift_parallel) is not bool:
+            raise ValueError(f"enable_shift_parallel must be true or false, got {self.enable_shift_parallel!r}")
+        if self.enable_shift_parallel and self.ulysses_sequence_parallel_size == 1:
+            raise ValueError(
+                "enable_shift_parallel needs a mode to shift to, but ulysses_sequence_parallel_size is 1; "
+                "set --ulysses-sequence-parallel-size to 2 or more (ranks used = tensor x ulysses)"
+            )
+
+        if self.shift_parallel_threshold != DEFAULT_THRESHOLD and not self.enable_shift_parallel:
+            raise ValueError(
+                f"shift_parallel_threshold is {self.shift_parallel_threshold}, but only enable_shift_parallel uses it; "
+                "add --enable-shift-parallel, or leave the threshold out"
+            )
+
+    @classmethod
+    def from_dict(cls, settings: Any) -> "ShiftConfig":
+        """Read ``additional_config["shift_parallel"]``.
+
+        Raises:
+            ValueError: not a dict, a key is unknown, or a value is wrong.
+        """
+        known = [field.name for field in fields(cls)]
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"additional_config[{CONFIG_KEY!r}] must be a dict with keys of {known}, got {settings!r}")
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"additional_config[{CONFIG_KEY!r}] has unknown keys {unknown}; known keys: {known}")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict that ``from_dict`` reads."""
+        return asdict(self)
+
+    @property
+    def active(self) -> bool:
+        """Whether the engine is ours at all."""
+        return self.ulysses_sequence_parallel_size > 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the engine, P = S * T."""
+        return self.ulysses_sequence_parallel_size * self.tensor_parallel_size
+
+    @property
+    def max_tp_tokens(self) -> int:
+        """Largest number of tokens of a step that runs in TP mode; 0 without shifting (steps have 1 token or more)."""
+        return self.shift_parallel_threshold if self.enable_shift_parallel else 0
+
+    def dims(self, rank: int) -> ParallelDims:
+        """The place of ``rank`` in the engine."""
+        return ParallelDims(self.ulysses_sequence_parallel_size, self.tensor_parallel_size, rank)

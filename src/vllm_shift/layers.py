@@ -1,0 +1,190 @@
+"""vLLM's parallel layers with a second way to run: on this rank's tokens, with the weights of TP=T.
+
+In SP mode a tensor of "TP width" [N, w/P] becomes the *folded* view [n*S, w/P] of [n, w/T], n = ceil(N/S) being this
+rank's tokens: row i*S + j is token i, slot j. It has as many rows and columns as in TP mode, so what a model does
+between two parallel layers (splits, rotary embedding, norms over a head, activations) stays as it is.
+
+The classes take the place of vLLM's through ``PluggableLayer.register_oot``, while the model of a shift engine is
+being built and at no other time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.model_executor import custom_op
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from vllm_shift.slots import Slots
+from vllm_shift.switch import ModeSwitch
+
+_switch: ModeSwitch | None = None
+
+
+class SlottedLinearMethod(UnquantizedLinearMethod):
+    """vLLM's unquantized linear method, minus the packing that its CPU backend does."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Keep the weight as loaded: a packed copy would no longer be a view of the slots."""
+        layer.cpu_linear = F.linear
+
+
+class _SlottedLinear(LinearBase):
+    """What the linear layers share: slots, and the plain matrix product on all of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert _switch is not None
+        self.switch = _switch
+        if type(self.quant_method) is not UnquantizedLinearMethod:
+            raise NotImplementedError(f"{self.prefix}: {type(self.quant_method).__name__} has no slots yet")
+        if self.tp_size != self.switch.dims.world:
+            raise NotImplementedError(f"{self.prefix}: a layer without tensor parallelism cannot shift")
+        self.quant_method = SlottedLinearMethod()
+
+    def _impersonate(self, shard: int) -> None:
+        self.tp_rank = shard
+        self.update_param_tp_status()
+
+    def _slots(self, param: nn.Parameter, dim: int) -> Slots:
+        return Slots(param, dim, self.switch.dims, self._impersonate)
+
+    def _matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out: torch.Tensor = dispatch_unquantized_gemm()(self, x, self.weight_slots.whole, bias)
+        return out
+
+
+class _SlottedColumn(_SlottedLinear, ColumnParallelLinear):
+    """Column-parallel: [n, in] -> folded [n*S, out/P]. Slots of the weight: [S*out/P, in], of the bias: [S*out/P]."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.gather_output:
+            raise NotImplementedError(f"{self.prefix}: gather_output is not supported in SP mode")
+        self.weight_slots = self._slots(self.weight, dim=0)
+        self.bias_slots = None if self.bias is None else self._slots(self.bias, dim=0)
+
+    def forward(self, input_: torch.Tensor) -> Any:
+        """In SP mode: ``input_`` [n, in] gives [n*S, out/P]; else vLLM's own forward."""
+        if not self.switch.in_sp:
+            return super().forward(input_)
+        bias = None if self.bias_slots is None else self.bias_slots.whole
+        out = self._matmul(input_, None if self.skip_bias_add else bias)
+        out = out.view(-1, out.shape[-1] // self.switch.dims.sp)
+        if not self.return_bias:
+            return out
+        return out, bias if self.skip_bias_add else None
+
+
+class SlottedColumnParallelLinear(_SlottedColumn, ColumnParallelLinear):
+    """``ColumnParallelLinear`` with slots."""
+
+
+class SlottedMergedColumnParallelLinear(_SlottedColumn, MergedColumnParallelLinear):
+    """``MergedColumnParallelLinear`` with slots, each of them all outputs of one TP=P shard."""
+
+
+class SlottedQKVParallelLinear(_SlottedColumn, QKVParallelLinear):
+    """``QKVParallelLinear`` with slots, each of them the q, k and v heads of one TP=P shard."""
+
+
+class SlottedRowParallelLinear(_SlottedLinear, RowParallelLinear):
+    """``RowParallelLinear`` with slots: folded [n*S, in/P] -> [n, out]. Slots of the weight: [out, S*in/P]."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.input_is_parallel or not self.reduce_results:
+            raise NotImplementedError(
+                f"{self.prefix}: input_is_parallel={self.input_is_parallel}, "
+                f"reduce_results={self.reduce_results} is not supported in SP mode"
+            )
+        self.weight_slots = self._slots(self.weight, dim=1)
+
+    def forward(self, input_: torch.Tensor) -> Any:
+        """In SP mode: ``input_`` [n*S, in/P] gives [n, out], summed over the TP group; else vLLM's own forward."""
+        if not self.switch.in_sp:
+            return super().forward(input_)
+        x = input_.reshape(-1, input_.shape[-1] * self.switch.dims.sp)
+        adds_bias = self.switch.dims.tp_rank == 0 and not self.skip_bias_add
+        out = self.switch.all_reduce_tp(self._matmul(x, self.bias if adds_bias else None))
+        if not self.return_bias:
+            return out
+        return out, self.bias if self.skip_bias_add else None
+
+
+class SlottedVocabParallelEmbedding(VocabParallelEmbedding):
+    """``VocabParallelEmbedding`` with slots [S*vocab/P, hidden]: a rank looks up its own tokens by itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert _switch is not None
+        self.switch = _switch
+        if self.num_added_embeddings:
+            raise NotImplementedError("a vocabulary extended by LoRA is not supported in SP mode")
+        self.weight_slots = Slots(self.weight, 0, self.switch.dims, self._impersonate)
+
+    def _impersonate(self, shard: int) -> None:
+        self.shard_indices = self._get_indices(
+            self.num_embeddings_padded,
+            self.org_vocab_size_padded,
+            self.num_embeddings,
+            self.org_vocab_size,
+            shard,
+            self.tp_size,
+        )
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        """In SP mode: ``input_`` [n] token ids gives [n, hidden]; else vLLM's own forward."""
+        if not self.switch.in_sp:
+            return super().forward(input_)
+        table, dims = self.weight_slots.whole, self.switch.dims
+        if dims.tp == 1:
+            return F.embedding(input_, table)
+        # Without added vocabulary the shards are consecutive ranges of token ids, and so are the slots of a rank.
+        row = input_ - dims.tp_rank * table.shape[0]
+        elsewhere = (row < 0) | (row >= table.shape[0])
+        out = F.embedding(row.masked_fill(elsewhere, 0), table)
+        return self.switch.all_reduce_tp(out.masked_fill_(elsewhere.unsqueeze(-1), 0))
+
+
+_REPLACEMENTS = {
+    "ColumnParallelLinear": SlottedColumnParallelLinear,
+    "MergedColumnParallelLinear": SlottedMergedColumnParallelLinear,
+    "QKVParallelLinear": SlottedQKVParallelLinear,
+    "RowParallelLinear": SlottedRowParallelLinear,
+    "VocabParallelEmbedding": SlottedVocabParallelEmbedding,
+}
+
+
+@contextmanager
+def slotted_layers(switch: ModeSwitch) -> Iterator[None]:
+    """While open, models are built from the layers of this module, tied to ``switch``.
+
+    Raises:
+        RuntimeError: another plugin has replaced one of these layers already.
+    """
+    global _switch
+    taken = sorted(set(_REPLACEMENTS) & set(custom_op.op_registry_oot))
+    if taken:
+        raise RuntimeError(f"Shift Parallelism replaces {taken}, which another vLLM plugin has replaced already")
+    for name, layer_cls in _REPLACEMENTS.items():
+        custom_op.PluggableLayer.register_oot(layer_cls, name=name)
+    _switch = switch
+    try:
+        yield
+    finally:
+        _switch = None
+        for name in _REPLACEMENTS:
+            del custom_op.op_registry_oot[name]

@@ -1,0 +1,172 @@
+"""What Shift Parallelism does not support, as one table, checked in the process that reads the flags.
+
+README's section "Limits" repeats the names of this table; a test compares them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# Each is tested against transformers and stock vLLM, in both modes.
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+# All of them fill parameters through the weight loaders that know the slots.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy")
+
+EXECUTORS = ("mp", "ray", "external_launcher")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One thing that is refused.
+
+    Attributes:
+        name: what it is, in the words of vLLM's documentation.
+        found: given the ``VllmConfig``, the value that asks for it, or something false.
+        instead: what would work.
+    """
+
+    name: str
+    found: Callable[[Any], Any]
+    instead: str
+
+
+def _above_one(name: str) -> Callable[[Any], Any]:
+    def found(config: Any) -> Any:
+        size = getattr(config.parallel_config, name)
+        return size if size > 1 else None
+
+    return found
+
+
+def _not_in(value: Any, allowed: tuple[str, ...]) -> Any:
+    return None if str(value) in allowed else value
+
+
+MODEL_LIMITS = (
+    Limit("multimodal models", lambda model: model.is_multimodal_model, "use a text-only model"),
+    Limit("encoder-decoder models", lambda model: model.is_encoder_decoder, "use a decoder-only model"),
+    Limit("pooling models", lambda model: model.runner_type != "generate", "use --runner generate"),
+    Limit("mixture-of-experts models", lambda model: model.is_moe, "use a dense model"),
+    Limit("multi-head latent attention", lambda model: model.use_mla, "use a model with grouped-query attention"),
+    Limit(
+        "hybrid and attention-free models",
+        lambda model: model.is_hybrid or model.is_attention_free,
+        "use a model whose layers all have attention",
+    ),
+    Limit("quantization", lambda model: model.quantization, "use an unquantized checkpoint"),
+    Limit(
+        "model implementations other than vLLM's own",
+        lambda model: _not_in(model.model_impl, ("auto", "vllm")),
+        "leave --model-impl at auto",
+    ),
+    Limit("prompt embeddings", lambda model: model.enable_prompt_embeds, "leave out --enable-prompt-embeds"),
+    Limit("sleep mode", lambda model: model.enable_sleep_mode, "leave out --enable-sleep-mode"),
+    Limit(
+        "architectures not tested yet",
+        lambda model: _not_in(model.architecture, ARCHITECTURES),
+        f"use one of {', '.join(ARCHITECTURES)}",
+    ),
+)
+
+ENGINE_LIMITS = (
+    Limit("pipeline parallelism", _above_one("pipeline_parallel_size"), "set --pipeline-parallel-size 1"),
+    Limit("data parallelism", _above_one("data_parallel_size"), "start one server a replica, behind a load balancer"),
+    Limit("prefill context parallelism", _above_one("prefill_context_parallel_size"), "leave out its flag"),
+    Limit("decode context parallelism", _above_one("decode_context_parallel_size"), "leave out its flag"),
+    Limit(
+        "expert parallelism",
+        lambda config: config.parallel_config.enable_expert_parallel,
+        "leave out --enable-expert-parallel",
+    ),
+    Limit("dual batch overlap", lambda config: config.parallel_config.use_ubatching, "leave out --enable-dbo"),
+    Limit(
+        "vLLM's sequence parallelism pass",
+        lambda config: config.compilation_config.pass_config.enable_sp,
+        "leave out pass_config.enable_sp",
+    ),
+    Limit("LoRA", lambda config: config.lora_config is not None, "leave out --enable-lora"),
+    Limit(
+        "speculative decoding",
+        lambda config: config.speculative_config is not None,
+        "leave out --speculative-config",
+    ),
+    Limit(
+        "KV connectors and KV offloading",
+        lambda config: config.kv_transfer_config is not None,
+        "leave out --kv-transfer-config and --kv-offloading-size",
+    ),
+    Limit(
+        "a quantized KV cache",
+        lambda config: _not_in(config.cache_config.cache_dtype, ("auto", "bfloat16", "float16", "float32")),
+        "leave --kv-cache-dtype at auto",
+    ),
+    Limit(
+        "weight offloading",
+        lambda config: config.offload_config.uva.cpu_offload_gb or config.offload_config.prefetch.offload_group_size,
+        "leave out --cpu-offload-gb and --offload-group-size",
+    ),
+    Limit(
+        "weight transfer",
+        lambda config: config.weight_transfer_config is not None,
+        "leave out --weight-transfer-config",
+    ),
+    Limit(
+        "load formats that bypass the weight loaders",
+        lambda config: _not_in(config.load_config.load_format, LOAD_FORMATS),
+        f"use one of --load-format {', '.join(LOAD_FORMATS)}",
+    ),
+    Limit(
+        "executors other than multiprocessing, Ray and external_launcher",
+        lambda config: _not_in(config.parallel_config.distributed_executor_backend, EXECUTORS),
+        "use --distributed-executor-backend mp or ray",
+    ),
+    Limit(
+        "platforms other than CUDA and CPU",
+        lambda config: _not_in(config.device_config.device_type, ("cuda", "cpu")),
+        "use a CUDA or CPU build of vLLM",
+    ),
+)
+
+
+def check(limits: tuple[Limit, ...], config: Any) -> None:
+    """Compare a config with a table.
+
+    Raises:
+        ValueError: the config asks for something in the table; names all such things.
+    """
+    reasons = []
+    for limit in limits:
+        if value := limit.found(config):
+            shown = "" if value is True else f" ({value})"
+            reasons.append(f"{limit.name}{shown}: {limit.instead}")
+    if reasons:
+        raise ValueError("Shift Parallelism does not support " + "; nor ".join(reasons))
+
+
+def check_model_shape(model: Any, world_size: int) -> None:
+    """Compare a model's sizes with the number of ranks.
+
+    Args:
+        model: vLLM's ``ModelConfig``.
+        world_size: SP x TP.
+
+    Raises:
+        ValueError: a size does not divide; names it and the numbers of ranks that would work.
+    """
+    text = model.hf_text_config
+    heads, kv_heads = text.num_attention_heads, model.get_total_num_kv_heads()
+    sizes = {"attention heads": heads, "intermediate size": text.intermediate_size}
+
+    def fits(ranks: int) -> bool:
+        even = all(size % ranks == 0 for size in sizes.values())
+        return even and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+    if fits(world_size):
+        return
+    works = [ranks for ranks in range(2, heads + 1) if fits(ranks)]
+    shown = ", ".join(f"{size} {name}" for name, size in sizes.items())
+    raise ValueError(
+        f"SP x TP = {world_size} ranks do not divide this model ({shown}, {kv_heads} KV heads); "
+        f"numbers of ranks that work: {works}"
+    )

@@ -1,0 +1,117 @@
+"""The entry point that vLLM calls in each of its processes, and the one change to vLLM's own classes.
+
+``EngineArgs`` has no extension point for new fields, so three are added to it here, with their command-line flags.
+With the flags at their defaults it behaves as before, and nothing else of vLLM is touched.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import vllm
+from vllm.logger import init_logger
+
+from vllm_shift.config import CONFIG_KEY, DEFAULT_THRESHOLD
+
+logger = init_logger(f"vllm.{__name__}")
+
+SUPPORTED_VLLM = "0.26.0"
+
+
+@dataclasses.dataclass
+class ShiftArgs:
+    """The fields that ``EngineArgs`` gains."""
+
+    ulysses_sequence_parallel_size: int = 1
+    enable_shift_parallel: bool = False
+    shift_parallel_threshold: int = DEFAULT_THRESHOLD
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: add the three flags to vLLM's ``EngineArgs``; a second call does nothing.
+
+    With a vLLM version other than the supported one it logs an error and leaves vLLM as it is.
+    """
+    found = vllm.__version__.split("+")[0]
+    if found != SUPPORTED_VLLM:
+        logger.error(
+            "vllm-shift works with vLLM %s, found %s: Shift Parallelism is not available.",
+            SUPPORTED_VLLM,
+            found,
+        )
+        return
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    if hasattr(EngineArgs, "enable_shift_parallel"):
+        return
+    for cls in (EngineArgs, AsyncEngineArgs):
+        _add_fields(cls)
+    _add_flags(EngineArgs)
+    _add_translation(EngineArgs)
+
+
+def _add_fields(cls: type) -> None:
+    """Let a dataclass take the fields of ``ShiftArgs`` as keyword arguments, too."""
+    stock_init = cls.__init__  # type: ignore[misc]
+    fields = dataclasses.fields(ShiftArgs)
+
+    @functools.wraps(stock_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        for field in fields:
+            setattr(self, field.name, kwargs.pop(field.name, field.default))
+        stock_init(self, *args, **kwargs)
+
+    cls.__init__ = init  # type: ignore[misc]
+    for field in fields:
+        setattr(cls, field.name, field.default)
+        cls.__dataclass_fields__[field.name] = field  # type: ignore[attr-defined]
+
+
+def _add_flags(engine_args: Any) -> None:
+    stock_add_cli_args = engine_args.add_cli_args
+
+    @functools.wraps(stock_add_cli_args)
+    def add_cli_args(parser: Any) -> Any:
+        parser = stock_add_cli_args(parser)
+        group = parser.add_argument_group(
+            title="ShiftParallelConfig",
+            description="Shift Parallelism (vllm-shift): tensor parallelism for small batches, "
+            "Ulysses sequence parallelism for large ones.",
+        )
+        group.add_argument(
+            "--ulysses-sequence-parallel-size",
+            type=int,
+            default=ShiftArgs.ulysses_sequence_parallel_size,
+            help="Ulysses sequence parallel degree. The engine uses tensor x ulysses GPUs.",
+        )
+        group.add_argument(
+            "--enable-shift-parallel",
+            action="store_true",
+            default=ShiftArgs.enable_shift_parallel,
+            help="Run small batches with tensor parallelism over all tensor x ulysses GPUs. "
+            "Without it every step runs with sequence parallelism.",
+        )
+        group.add_argument(
+            "--shift-parallel-threshold",
+            type=int,
+            default=ShiftArgs.shift_parallel_threshold,
+            help="Largest number of tokens in a step that still runs with tensor parallelism over all GPUs.",
+        )
+        return parser
+
+    engine_args.add_cli_args = staticmethod(add_cli_args)
+
+
+def _add_translation(engine_args: Any) -> None:
+    stock_create = engine_args.create_engine_config
+
+    @functools.wraps(stock_create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        unused = all(getattr(self, field.name) == field.default for field in dataclasses.fields(ShiftArgs))
+        if unused and CONFIG_KEY not in self.additional_config:
+            return stock_create(self, *args, **kwargs)
+        from vllm_shift.translate import create_shift_engine_config
+
+        return create_shift_engine_config(stock_create, self, *args, **kwargs)
+
+    engine_args.create_engine_config = create_engine_config

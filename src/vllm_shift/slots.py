@@ -1,0 +1,59 @@
+"""One copy of the weights for both modes: the TP=P shards of an SP group, side by side.
+
+A rank of an (S, T) engine stores S *slots* per parallel weight, one for each TP=P shard of its SP group. All of them
+together are its TP=T weight, for SP mode; the slot numbered by its SP rank is its TP=P weight, for TP mode, as a view.
+vLLM's own weight loader fills the slots one by one, as if the layer were on the rank that the slot belongs to, so
+every checkpoint layout and every KV head replication rule of vLLM holds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_shift.dims import ParallelDims
+
+# Puts the layer in the place of rank `shard` of TP=P, as far as its weight loader can tell.
+Impersonate = Callable[[int], None]
+
+
+class Slots:
+    """Storage of one parallel parameter.
+
+    Args:
+        param: the parameter as vLLM created it, of its TP=P shard's shape. Its data becomes a view of its slot.
+        dim: the dimension that tensor parallelism shards.
+        dims: the rank's place.
+        impersonate: called with a TP=P rank before vLLM's loader fills that rank's slot.
+
+    Attributes:
+        whole: all slots as one tensor, ``dims.sp`` times as large as ``param`` along ``dim``: the TP=T shard.
+    """
+
+    def __init__(self, param: nn.Parameter, dim: int, dims: ParallelDims, impersonate: Impersonate) -> None:
+        self._dim, self._dims, self._impersonate = dim, dims, impersonate
+        self._size = param.shape[dim]
+        shape = list(param.shape)
+        shape[dim] *= dims.sp
+        self.whole = torch.empty(shape, dtype=param.dtype, device=param.device)
+        self._stock_loader = param.weight_loader
+        param.weight_loader = self._load
+        param.data = self[dims.sp_rank]
+
+    def __getitem__(self, slot: int) -> torch.Tensor:
+        return self.whole.narrow(self._dim, slot * self._size, self._size)
+
+    def _load(self, param: nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        for slot, shard in enumerate(self._dims.slots):
+            self._impersonate(shard)
+            param.data = self[slot]
+            self._stock_loader(param, loaded_weight, *args, **kwargs)
+        self._impersonate(self._dims.rank)
+        param.data = self[self._dims.sp_rank]
+
+    def repeat_own(self) -> None:
+        """Fill the other slots with this rank's: vLLM's dummy weights are equal on every rank."""
+        for slot in range(self._dims.sp):
+            if slot != self._dims.sp_rank:
+                self[slot].copy_(self[self._dims.sp_rank])

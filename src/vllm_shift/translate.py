@@ -1,0 +1,131 @@
+"""From the flags to the config of a stock vLLM engine with TP = SP x TP ranks.
+
+The scheduler, the KV cache, the LM head and every process group of that engine are those of tensor parallelism over
+all ranks. What makes it shift is a dict in ``additional_config`` and the name of the worker class.
+"""
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vllm import envs
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_shift.config import CONFIG_KEY, ShiftConfig
+from vllm_shift.limits import ENGINE_LIMITS, MODEL_LIMITS, check, check_model_shape
+
+logger = init_logger(f"vllm.{__name__}")
+
+_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_shift.worker_cpu.ShiftCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_shift.worker_gpu.ShiftGPUWorker",
+}
+
+
+def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """``EngineArgs.create_engine_config`` for an engine that uses one of our settings.
+
+    Args:
+        stock_create: vLLM's own method, unbound.
+        engine_args: the ``EngineArgs``, left as they are.
+        args: passed on.
+        kwargs: passed on.
+
+    Returns:
+        The ``VllmConfig`` of an engine of SP x TP ranks.
+
+    Raises:
+        ValueError: a setting is wrong, or something is asked for that is not supported with it.
+    """
+    config = read_settings(engine_args)
+    if not config.active:
+        return stock_create(engine_args, *args, **kwargs)
+    _check_devices(config.world_size, engine_args)
+
+    stock_args = copy.copy(engine_args)
+    stock_args.tensor_parallel_size = config.world_size
+    stock_args.additional_config = engine_args.additional_config | {CONFIG_KEY: config.to_dict()}
+
+    def create_model_config() -> Any:
+        # Here rather than afterwards: vLLM would blame a TP degree that the user never gave.
+        model = type(engine_args).create_model_config(stock_args)
+        check(MODEL_LIMITS, model)
+        check_model_shape(model, config.world_size)
+        return model
+
+    stock_args.create_model_config = create_model_config
+    vllm_config = stock_create(stock_args, *args, **kwargs)
+    check(ENGINE_LIMITS, vllm_config)
+    _use_shift_worker(vllm_config.parallel_config)
+    _capture_threshold(vllm_config.compilation_config, config.max_tp_tokens)
+    return vllm_config
+
+
+def read_settings(engine_args: Any) -> ShiftConfig:
+    """The settings given by flags, by ``additional_config``, or by both where they agree.
+
+    Raises:
+        ValueError: a setting is wrong, or the two disagree.
+    """
+    flags = ShiftConfig(
+        tensor_parallel_size=engine_args.tensor_parallel_size,
+        ulysses_sequence_parallel_size=engine_args.ulysses_sequence_parallel_size,
+        enable_shift_parallel=engine_args.enable_shift_parallel,
+        shift_parallel_threshold=engine_args.shift_parallel_threshold,
+    )
+    if CONFIG_KEY not in engine_args.additional_config:
+        return flags
+    settings = engine_args.additional_config[CONFIG_KEY]
+    given = ShiftConfig.from_dict(settings)
+    defaults = ShiftConfig()
+    for name in settings:
+        flag = getattr(flags, name)
+        if flag not in (getattr(given, name), getattr(defaults, name)):
+            raise ValueError(
+                f"{name} is {flag!r} as a flag and {settings[name]!r} in additional_config[{CONFIG_KEY!r}]; "
+                "give it once"
+            )
+    return ShiftConfig(**(flags.to_dict() | settings))
+
+
+def _check_devices(world_size: int, engine_args: Any) -> None:
+    """Refuse more ranks than this host has places for.
+
+    Raises:
+        ValueError: names both numbers.
+    """
+    if engine_args.distributed_executor_backend not in (None, "mp") or engine_args.nnodes > 1:
+        return
+    if current_platform.is_cuda():
+        if (gpus := current_platform.device_count()) < world_size:
+            raise ValueError(
+                f"SP x TP = {world_size} ranks need as many GPUs, found {gpus}; "
+                "lower a degree, or use --distributed-executor-backend ray for several hosts"
+            )
+    elif current_platform.is_cpu() and envs.VLLM_CPU_OMP_THREADS_BIND == "auto":
+        from vllm.utils.cpu_resource_utils import get_visible_memory_node
+
+        nodes = len(get_visible_memory_node())
+        if nodes < world_size and os.environ.get("VLLM_CPU_SIM_MULTI_NUMA", "0") == "0":
+            raise ValueError(
+                f"SP x TP = {world_size} ranks, but vLLM binds each rank to a NUMA node and there are {nodes}; "
+                "set VLLM_CPU_OMP_THREADS_BIND=nobind"
+            )
+
+
+def _use_shift_worker(parallel_config: Any) -> None:
+    if parallel_config.worker_cls not in _WORKERS:
+        raise ValueError(
+            f"Shift Parallelism does not support --worker-cls {parallel_config.worker_cls}: leave it at auto"
+        )
+    parallel_config.worker_cls = _WORKERS[parallel_config.worker_cls]
+
+
+def _capture_threshold(compilation_config: Any, max_tp_tokens: int) -> None:
+    """Make the threshold a CUDA graph size, so that no batch is padded from one mode into the other."""
+    sizes = compilation_config.cudagraph_capture_sizes
+    if sizes and 0 < max_tp_tokens < sizes[-1] and max_tp_tokens not in sizes:
+        compilation_config.cudagraph_capture_sizes = sorted([*sizes, max_tp_tokens])
+        logger.info("CUDA graph sizes gain %d, the Shift Parallelism threshold.", max_tp_tokens)

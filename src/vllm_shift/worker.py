@@ -1,0 +1,96 @@
+"""vLLM's stock workers with the mode switch built in; ``ParallelConfig.worker_cls`` names them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed.parallel_state import GroupCoordinator, get_world_group, init_model_parallel_group
+from vllm.logger import init_logger
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_shift.config import CONFIG_KEY, ShiftConfig
+from vllm_shift.layers import slotted_layers
+from vllm_shift.slots import Slots
+from vllm_shift.stats import StepCounter
+from vllm_shift.switch import ModeSwitch
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class ShiftWorkerMixin(WorkerBase):
+    """Adds Shift Parallelism to a stock vLLM worker. The stock worker must come after it in the bases."""
+
+    def init_device(self) -> None:
+        """As the stock worker; then the process groups of SP mode."""
+        super().init_device()
+        self.shift_config = ShiftConfig.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
+        dims = self.shift_config.dims(self.rank)
+        sp_group = _new_group(dims.sp_groups, "ulysses_sp")
+        tp_group = _new_group(dims.tp_groups, "ulysses_tp") if dims.tp > 1 else None
+        self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
+        self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
+        self.shift_counter = StepCounter(log=self.rank == 0)
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """As the stock worker, with our layers in the model."""
+        with slotted_layers(self.switch):
+            super().load_model(load_dummy_weights=load_dummy_weights)
+        model = self.model_runner.get_model()
+        if self.vllm_config.load_config.load_format == "dummy":
+            for slots in _all_slots(model):
+                slots.repeat_own()
+        self.switch.attach(model)
+        if self.rank == 0:
+            logger.info("%s", _describe(self.shift_config, model))
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As the stock worker; warm-up steps are not counted."""
+        times = super().compile_or_warm_up_model()
+        self.shift_counter.reset()
+        return times
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """As the stock worker; the step is counted under its mode."""
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        if num_tokens:
+            self.shift_counter.count(self.switch.is_sp_step(num_tokens), num_tokens)
+        return super().execute_model(scheduler_output)
+
+    def shift_stats(self) -> dict[str, int]:
+        """Steps and tokens per mode since start-up, for ``collective_rpc("shift_stats")``."""
+        return self.shift_counter.totals()
+
+    def shutdown(self) -> None:
+        """As the stock worker; our process groups go first."""
+        self.shift_counter.close()
+        for group in self._shift_groups:
+            group.destroy()
+        super().shutdown()
+
+
+def _new_group(ranks: list[list[int]], name: str) -> GroupCoordinator:
+    world = get_world_group()
+    backend = torch.distributed.get_backend(world.device_group)
+    return init_model_parallel_group(ranks, world.local_rank, backend, group_name=name)
+
+
+def _all_slots(model: nn.Module) -> list[Slots]:
+    return [slots for module in model.modules() for slots in vars(module).values() if isinstance(slots, Slots)]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of memory behind a model's weights, each counted once however many views it has."""
+    tensors = [*model.parameters(), *model.buffers(), *(slots.whole for slots in _all_slots(model))]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _describe(config: ShiftConfig, model: nn.Module) -> str:
+    sp, tp = config.ulysses_sequence_parallel_size, config.tensor_parallel_size
+    if config.enable_shift_parallel:
+        limit = config.shift_parallel_threshold
+        modes = f"steps of up to {limit} tokens run in TP={config.world_size}, larger ones in SP={sp} x TP={tp}"
+    else:
+        modes = f"every step runs in SP={sp} x TP={tp}"
+    gib = weight_bytes(model) / 2**30
+    return f"Shift Parallelism on {config.world_size} ranks: {modes}; weights {gib:.2f} GiB a rank, shared by both."
