@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import GroupCoordinator
-from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
+from vllm_shift.compiled import CompiledTwins
 from vllm_shift.dims import ParallelDims
 from vllm_shift.exchange import heads_to_tokens, register_group, tokens_to_heads
 
@@ -41,7 +43,6 @@ class ModeSwitch:
         self.sp_group, self._tp_group = sp_group, tp_group
         self._group_name = register_group(sp_group)
         self.in_sp = False
-        self._num_tokens = 0
 
     def is_sp_step(self, num_tokens: int) -> bool:
         """Whether a step of this many tokens runs in SP mode."""
@@ -51,7 +52,7 @@ class ModeSwitch:
         """Sum over the TP group of SP mode."""
         return x if self._tp_group is None else self._tp_group.all_reduce(x)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         """Put the hooks on a model and its attention layers.
 
         Raises:
@@ -60,6 +61,13 @@ class ModeSwitch:
         layers = [module for module in model.modules() if isinstance(module, Attention)]
         if not layers:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
+        self._twins = CompiledTwins(model, vllm_config)
+        most = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
+        device = next(model.parameters()).device
+        self._input_ids = torch.zeros(most, dtype=torch.int32, device=device)
+        self._positions = torch.zeros(most, self.dims.sp, dtype=torch.int64, device=device)
+        # A plain bool, because the hooks of attention layers are traced.
+        self._keep_padding = bool(self._twins)
         model.register_forward_pre_hook(self._enter, with_kwargs=True)
         model.register_forward_hook(self._leave, always_call=True)
         for layer in layers:
@@ -74,25 +82,29 @@ class ModeSwitch:
         num_tokens = kwargs["positions"].shape[-1]
         if not self.is_sp_step(num_tokens):
             return None
-        # The compiled model is a trace of TP mode.
-        get_forward_context().skip_compiled = True
         self.in_sp, self._num_tokens = True, num_tokens
-        positions = self._own_tokens(kwargs["positions"]).repeat_interleave(self.dims.sp)
-        return args, kwargs | {"input_ids": self._own_tokens(kwargs["input_ids"]), "positions": positions}
-
-    def _own_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows s*n ... (s+1)*n - 1 of [N], with zeros after the last token."""
-        rows = self.dims.local_tokens(len(x))
-        padded = F.pad(x, (0, rows * self.dims.sp - len(x)))
-        return padded[self.dims.sp_rank * rows :][:rows]
+        if self._twins:
+            self._twins.swap_in()
+        else:
+            # A compiled model is a trace of TP mode.
+            get_forward_context().skip_compiled = True
+        rows = self.dims.local_tokens(num_tokens)
+        own = slice(self.dims.sp_rank * rows, (self.dims.sp_rank + 1) * rows)
+        # Into buffers that stay where they are, because CUDA graphs of the twins read them there.
+        input_ids, positions = self._input_ids[:rows], self._positions[:rows]
+        for buffer, x in ((input_ids, kwargs["input_ids"]), (positions, kwargs["positions"].unsqueeze(-1))):
+            found = x[own]
+            buffer[: len(found)].copy_(found)
+            buffer[len(found) :].zero_()
+        return args, kwargs | {"input_ids": input_ids, "positions": positions.view(-1)}
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the model: hidden states [n, h] of every rank become [N, h] on all of them."""
         if not self.in_sp:
             return None
         self.in_sp = False
-        if is_forward_context_available():
-            get_forward_context().skip_compiled = False
+        self._twins.swap_out()
+        get_forward_context().skip_compiled = False
         if output is None:  # the model raised
             return None
         return self.sp_group.all_gather(output, dim=0)[: self._num_tokens]
@@ -100,12 +112,17 @@ class ModeSwitch:
     def _before_attention(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.in_sp:
             return None
-        exchanged = tokens_to_heads(*args[:3], self._group_name)
-        # An attention backend may size its work by the rows it is given, so the padding goes.
-        return tuple(x[: self._num_tokens] for x in exchanged) + args[3:], kwargs
+        q, k, v = args
+        q, k, v = tokens_to_heads(q, k, v, self._group_name)
+        if not self._keep_padding:
+            # The CPU backend sizes its work by the rows it is given; CUDA ones by the step, so a trace can keep them.
+            q, k, v = (x[: self._num_tokens] for x in (q, k, v))
+        return (q, k, v), kwargs
 
     def _after_attention(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
         if not self.in_sp:
             return None
-        rows = self.dims.local_tokens(self._num_tokens) * self.dims.sp
-        return heads_to_tokens(F.pad(output, (0, 0, 0, rows - len(output))), self._group_name)
+        if not self._keep_padding:
+            rows = self.dims.local_tokens(self._num_tokens) * self.dims.sp
+            output = F.pad(output, (0, 0, 0, rows - len(output)))
+        return heads_to_tokens(output, self._group_name)

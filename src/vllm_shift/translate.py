@@ -59,7 +59,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     vllm_config = stock_create(stock_args, *args, **kwargs)
     check(ENGINE_LIMITS, vllm_config)
     _use_shift_worker(vllm_config.parallel_config)
-    _capture_threshold(vllm_config.compilation_config, config.max_tp_tokens)
+    _set_graph_sizes(vllm_config, config.max_tp_tokens, _chose_graph_sizes(engine_args))
     return vllm_config
 
 
@@ -123,9 +123,36 @@ def _use_shift_worker(parallel_config: Any) -> None:
     parallel_config.worker_cls = _WORKERS[parallel_config.worker_cls]
 
 
-def _capture_threshold(compilation_config: Any, max_tp_tokens: int) -> None:
-    """Make the threshold a CUDA graph size, so that no batch is padded from one mode into the other."""
-    sizes = compilation_config.cudagraph_capture_sizes
-    if sizes and 0 < max_tp_tokens < sizes[-1] and max_tp_tokens not in sizes:
-        compilation_config.cudagraph_capture_sizes = sorted([*sizes, max_tp_tokens])
-        logger.info("CUDA graph sizes gain %d, the Shift Parallelism threshold.", max_tp_tokens)
+def _chose_graph_sizes(engine_args: Any) -> bool:
+    places = (engine_args, engine_args.compilation_config)
+    return any(place.cudagraph_capture_sizes or place.max_cudagraph_capture_size for place in places)
+
+
+def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[int]:
+    """CUDA graph sizes of a shift engine, in tokens.
+
+    The threshold becomes a size, so that no batch is padded from one mode into the other. Sizes of SP mode go further
+    than vLLM's default of 512, because a prefill of up to some 2,000 tokens takes longer to launch than to compute.
+
+    Args:
+        stock: vLLM's sizes, ascending; empty when it captures none.
+        max_tp_tokens: the threshold.
+        extend_to: largest size to add; steps grow from 64 to 128 tokens on the way.
+    """
+    if not stock:
+        return []
+    sizes = set(stock)
+    sizes.update(size for size in (*range(576, 1025, 64), *range(1152, 2049, 128)) if stock[-1] < size <= extend_to)
+    if 0 < max_tp_tokens < max(sizes):
+        sizes.add(max_tp_tokens)
+    return sorted(sizes)
+
+
+def _set_graph_sizes(vllm_config: Any, max_tp_tokens: int, chosen_by_user: bool) -> None:
+    compilation = vllm_config.compilation_config
+    stock = compilation.cudagraph_capture_sizes
+    extend_to = 0 if chosen_by_user else vllm_config.scheduler_config.max_num_batched_tokens
+    sizes = graph_sizes(stock, max_tp_tokens, extend_to)
+    if sizes != stock:
+        compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, sizes[-1]
+        logger.info("CUDA graph sizes gain %s for Shift Parallelism.", sorted(set(sizes) - set(stock)))

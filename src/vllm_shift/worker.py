@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import GroupCoordinator, get_world_group, init_model_parallel_group
 from vllm.logger import init_logger
 from vllm.v1.worker.worker_base import WorkerBase
@@ -39,12 +40,15 @@ class ShiftWorkerMixin(WorkerBase):
         if self.vllm_config.load_config.load_format == "dummy":
             for slots in _all_slots(model):
                 slots.repeat_own()
-        self.switch.attach(model)
+        self.switch.attach(model, self.vllm_config)
         if self.rank == 0:
             logger.info("%s", _describe(self.shift_config, model))
 
     def compile_or_warm_up_model(self) -> Any:
-        """As the stock worker; warm-up steps are not counted."""
+        """As the stock worker; TP mode is compiled here where memory profiling ran in SP mode, and nothing is counted."""
+        if self.switch.max_tp_tokens:
+            num_tokens = min(self.switch.max_tp_tokens, self.scheduler_config.max_num_batched_tokens)
+            self.model_runner._dummy_run(num_tokens, cudagraph_runtime_mode=CUDAGraphMode.NONE)
         times = super().compile_or_warm_up_model()
         self.shift_counter.reset()
         return times

@@ -1,0 +1,64 @@
+"""A second ``torch.compile`` trace of the same modules, for SP mode.
+
+vLLM compiles a model once and drops all guards, so a trace holds one mode only: TP mode, as in a stock engine. SP mode
+gets a trace of its own from a shallow twin of each compiled module. The twin has the same parameters and submodules,
+and goes through vLLM's own pipeline: fusions, compile cache, piecewise CUDA graphs.
+"""
+
+import copy
+from typing import Any
+
+from torch import nn
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+
+from vllm_shift.config import CONFIG_KEY
+
+
+class CompiledTwins:
+    """The twins of a model's compiled modules; none where vLLM does not compile piecewise (CPU, eager mode).
+
+    Args:
+        model: the model, not yet compiled: its first run must come later.
+        vllm_config: the engine's config.
+    """
+
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+        self._swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
+            return
+        sp_config = _config_of_twin(vllm_config)
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, TorchCompileWithNoGuardsWrapper) and not child.do_not_compile:
+                    self._swaps.append((parent, name, child, _twin(child, sp_config)))
+
+    def __bool__(self) -> bool:
+        return bool(self._swaps)
+
+    def swap_in(self) -> None:
+        """Let the model call the twins."""
+        for parent, name, _, twin in self._swaps:
+            setattr(parent, name, twin)
+
+    def swap_out(self) -> None:
+        """Let the model call its own modules again."""
+        for parent, name, stock, _ in self._swaps:
+            setattr(parent, name, stock)
+
+
+def _config_of_twin(vllm_config: VllmConfig) -> Any:
+    """A config that vLLM's compile cache tells from the engine's own."""
+    config = copy.copy(vllm_config)
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    settings = vllm_config.additional_config
+    config.additional_config = settings | {CONFIG_KEY: settings[CONFIG_KEY] | {"trace": "sp"}}
+    return config
+
+
+def _twin(module: Any, sp_config: Any) -> nn.Module:
+    twin = copy.copy(module)
+    twin.vllm_config, twin.compilation_config = sp_config, sp_config.compilation_config
+    with set_current_vllm_config(sp_config):
+        TorchCompileWithNoGuardsWrapper.__init__(twin, module._compile_prefix, module._is_encoder)
+    return twin  # type: ignore[no-any-return]
