@@ -44,14 +44,15 @@ def main() -> None:
                   max_model_len=16384, **engine_kwargs(args))  # fmt: skip
     result: dict[str, Any] = {"args": {k: str(v) for k, v in vars(args).items()}}
     result["start_s"] = time.perf_counter() - begin
-    result["kv_tokens"] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks * 16
+    cache = llm.llm_engine.vllm_config.cache_config
+    result["kv_tokens"] = cache.num_gpu_blocks * cache.block_size
     result["prefill_ms"], result["decode_ms"] = {}, {}
     for tokens in args.prefill:
         timed(llm, tokens, 1, 1)
         runs = [timed(llm, tokens, 1, 1) for _ in range(args.repeats)]
         result["prefill_ms"][tokens] = round(1e3 * statistics.median(runs), 3)
     for batch in args.decode:
-        runs = [timed(llm, 16, batch, 65) - timed(llm, 16, batch, 1) for _ in range(max(3, args.repeats // 2))]
+        runs = [timed(llm, 16, batch, 65) - timed(llm, 16, batch, 1) for _ in range(args.repeats)]
         result["decode_ms"][batch] = round(1e3 / 64 * statistics.median(runs), 3)
     if args.sp > 1:
         result["steps"] = llm.llm_engine.collective_rpc("shift_stats")[0]

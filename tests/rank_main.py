@@ -1,7 +1,7 @@
-"""One rank of a process group that runs a list of engines, one after the other, through vLLM's external launcher.
+"""One rank of a group of processes that runs a list of engines, one after the other, by vLLM's external launcher.
 
 Usage: rank_main.py JOB.json, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. Starting Python and
-vLLM costs far more than an engine of a tiny model, so the tests of tokens and KV cache share one group of processes.
+vLLM costs far more than an engine of a tiny model, so the tests of tokens and KV caches share one group of processes.
 """
 
 import gc
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.model_executor import custom_op
 
 import vllm_shift  # noqa: F401  (adds the flags to LLM)
 
@@ -32,38 +33,45 @@ def set_threshold(worker: Any, max_tp_tokens: int) -> None:
     worker.switch.max_tp_tokens = max_tp_tokens
 
 
+def stock_facts(worker: Any) -> dict[str, Any]:
+    """What a worker without the flags must not show: traces of this package."""
+    model = worker.model_runner.get_model()
+    return {
+        "replaced": sorted(custom_op.op_registry_oot),
+        "worker": type(worker.worker).__module__,
+        "modules": sorted({type(module).__module__.split(".")[0] for module in model.modules()}),
+        "hooks": sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()),
+    }
+
+
 def weight_facts(worker: Any) -> dict[str, Any]:
-    from vllm_shift.worker import _all_slots, weight_bytes
+    """Where the weights are, and how many bytes they take."""
+    from vllm_shift.worker import weight_bytes
 
     model = worker.model_runner.get_model()
-    pointers = []
+    views = []
     for module in model.modules():
         for name in ("weight", "bias"):
             slots = getattr(module, f"{name}_slots", None)
             if slots is not None:
-                own = slots[worker.switch.dims.sp_rank]
-                parameter = getattr(module, name)
-                pointers.append([parameter.data_ptr(), own.data_ptr(), list(parameter.shape), list(own.shape)])
-    return {
-        "pointers": pointers,
-        "slots": len(_all_slots(model)),
-        "bytes": weight_bytes(model),
-        "slot_bytes": sum(slots.whole.nbytes for slots in _all_slots(model)),
-    }
+                parameter, own = getattr(module, name), slots[worker.switch.dims.sp_rank]
+                views.append((parameter.data_ptr(), parameter.stride()) == (own.data_ptr(), own.stride()))
+    return {"views": views, "bytes": weight_bytes(model)}
 
 
 def generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[dict[str, Any]]:
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=1, prompt_logprobs=0, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=1, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     results = []
     for output in outputs:
         tokens = list(output.outputs[0].token_ids)
         logprobs = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
-        results.append({"tokens": tokens, "logprobs": logprobs})
+        results.append({"prompt": output.prompt_token_ids, "tokens": tokens, "logprobs": logprobs})
     return results
 
 
-def run_engine(job: dict[str, Any], engine: dict[str, Any], rank: int) -> list[dict[str, Any]]:
+def run_engine(job: dict[str, Any], engine: dict[str, Any], stock_caches: list[Any]) -> list[dict[str, Any]]:
+    """One run per threshold; a threshold of null means stock vLLM, whose KV caches are kept in ``stock_caches``."""
     llm = LLM(**job["common"], **engine["args"])
     rpc = llm.llm_engine.collective_rpc
     runs = []
@@ -73,17 +81,22 @@ def run_engine(job: dict[str, Any], engine: dict[str, Any], rank: int) -> list[d
             before = rpc("shift_stats")[0]
         llm.reset_prefix_cache()
         rpc(zero_kv_caches)
-        run: dict[str, Any] = {"threshold": threshold}
-        run["outputs"] = generate(llm, job["prompts"], job["max_tokens"])
-        # The same prompts, longer: their beginnings are cached by now.
-        longer = [p + r["tokens"] for p, r in zip(job["prompts"], run["outputs"], strict=True)]
-        run["longer"] = generate(llm, longer, job["max_tokens"])
-        if threshold is not None:
+        first = generate(llm, job["prompts"], job["max_tokens"])
+        # The same prompts, longer: their beginnings are in the prefix cache by now.
+        second = generate(llm, [run["prompt"] + run["tokens"] for run in first], job["max_tokens"])
+        run: dict[str, Any] = {"threshold": threshold, "outputs": first + second}
+        caches = rpc(kv_caches)[0]
+        if threshold is None:
+            # The n-th run of every engine is given the same blocks.
+            stock_caches.append([cache.clone() for cache in caches])
+            run["facts"] = rpc(stock_facts)[0]
+        else:
             after = rpc("shift_stats")[0]
             run["stats"] = {name: after[name] - before[name] for name in after}
             run["weights"] = rpc(weight_facts)[0]
-        caches = rpc(kv_caches)[0]
-        torch.save(caches, Path(job["folder"]) / f"kv-{engine['name']}-{number}-{rank}.pt")
+            pairs = list(zip(caches, stock_caches[number], strict=True))
+            run["kv_difference"] = max(float((ours - stock).abs().max()) for ours, stock in pairs)
+            run["kv_written"] = [int((cache != 0).any(-1).sum()) for pair in pairs for cache in pair]
         runs.append(run)
     llm.llm_engine.engine_core.shutdown()
     del llm
@@ -94,13 +107,15 @@ def run_engine(job: dict[str, Any], engine: dict[str, Any], rank: int) -> list[d
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    rank = int(os.environ["RANK"])
     port = int(os.environ["MASTER_PORT"])
-    results = {}
+    results: dict[str, Any] = {}
     for number, engine in enumerate(job["engines"]):
         os.environ["MASTER_PORT"] = str(port + number)
-        results[engine["name"]] = run_engine(job, engine, rank)
-    (Path(job["folder"]) / f"results-{rank}.json").write_text(json.dumps(results))
+        if None in engine["thresholds"]:
+            stock_caches: list[Any] = []
+        results[engine["name"]] = run_engine(job, engine, stock_caches)
+    (Path(job["folder"]) / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 # Head size 32 is the least that vLLM's CPU attention takes. With P = 4 the 2 KV heads are replicated.
 SHAPE = {
@@ -30,7 +31,7 @@ CONFIGS = {
 
 
 def make_checkpoint(name: str, folder: Path) -> Path:
-    """Write a random fp32 checkpoint of the named architecture; biases and norms are random, too."""
+    """Write a random fp32 checkpoint of the named architecture, biases and norms random, too, and a tokenizer."""
     config_cls, extra = CONFIGS[name]
     config = config_cls(**SHAPE, **extra)
     torch.manual_seed(0)
@@ -41,11 +42,15 @@ def make_checkpoint(name: str, folder: Path) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     path = folder / name
     model.save_pretrained(path)
+    words = {f"w{i}": i for i in range(SHAPE["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(path)
     return path
 
 
 def prompts() -> list[list[int]]:
-    """Token ids of mixed lengths; the last two share a long prefix."""
+    """Token ids of mixed lengths; the last two share a long prefix with the one before."""
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 500, (length,), generator=generator).tolist() for length in (1, 5, 33, 64, 131, 200)]
-    return [*rows, rows[-1][:160] + [7, 8, 9], rows[-1][:160] + [11]]
+    return [*rows, [*rows[-1][:160], 7, 8, 9], [*rows[-1][:160], 11]]

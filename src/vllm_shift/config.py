@@ -51,19 +51,28 @@ class ShiftConfig:
             )
 
     @classmethod
+    def known(cls, settings: Any) -> dict[str, Any]:
+        """``additional_config["shift_parallel"]`` as a dict of known keys, their values unchecked.
+
+        Raises:
+            ValueError: not a dict, or a key is unknown.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"additional_config[{CONFIG_KEY!r}] must be a dict with keys of {names}, got {settings!r}")
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise ValueError(f"additional_config[{CONFIG_KEY!r}] has unknown keys {unknown}; known keys: {names}")
+        return dict(settings)
+
+    @classmethod
     def from_dict(cls, settings: Any) -> "ShiftConfig":
         """Read ``additional_config["shift_parallel"]``.
 
         Raises:
             ValueError: not a dict, a key is unknown, or a value is wrong.
         """
-        known = [field.name for field in fields(cls)]
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"additional_config[{CONFIG_KEY!r}] must be a dict with keys of {known}, got {settings!r}")
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ValueError(f"additional_config[{CONFIG_KEY!r}] has unknown keys {unknown}; known keys: {known}")
-        return cls(**settings)
+        return cls(**cls.known(settings))
 
     def to_dict(self) -> dict[str, Any]:
         """The dict that ``from_dict`` reads."""

@@ -25,7 +25,7 @@ _groups: WeakValueDictionary[str, GroupCoordinator] = WeakValueDictionary()
 def register_group(group: GroupCoordinator) -> str:
     """Make a group known to the ops of this module; returns the name to pass them."""
     _groups[group.unique_name] = group
-    return group.unique_name
+    return str(group.unique_name)
 
 
 def _all_to_all(send: torch.Tensor, group: GroupCoordinator) -> torch.Tensor:
@@ -57,7 +57,7 @@ def _heads_to_tokens_fake(x: torch.Tensor, group_name: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-_library = torch.library.Library("vllm_shift", "FRAGMENT")
+_library = torch.library.Library("vllm_shift", "FRAGMENT")  # type: ignore[no-untyped-call]
 direct_register_custom_op("tokens_to_heads", _tokens_to_heads, fake_impl=_tokens_to_heads_fake, target_lib=_library)
 direct_register_custom_op("heads_to_tokens", _heads_to_tokens, fake_impl=_heads_to_tokens_fake, target_lib=_library)
 

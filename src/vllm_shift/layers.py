@@ -36,13 +36,16 @@ _switch: ModeSwitch | None = None
 class SlottedLinearMethod(UnquantizedLinearMethod):
     """vLLM's unquantized linear method, minus the packing that its CPU backend does."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the weight as loaded: a packed copy would no longer be a view of the slots."""
         layer.cpu_linear = F.linear
 
 
 class _SlottedLinear(LinearBase):
     """What the linear layers share: slots, and the plain matrix product on all of them."""
+
+    quant_method: Any
+    weight_slots: Slots
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -71,8 +74,11 @@ class _SlottedColumn(_SlottedLinear, ColumnParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.gather_output:
-            raise NotImplementedError(f"{self.prefix}: gather_output is not supported in SP mode")
+        if self.gather_output or (self.skip_bias_add and self.bias is not None):
+            raise NotImplementedError(
+                f"{self.prefix}: gather_output={self.gather_output}, skip_bias_add={self.skip_bias_add} "
+                "is not supported in SP mode"
+            )
         self.weight_slots = self._slots(self.weight, dim=0)
         self.bias_slots = None if self.bias is None else self._slots(self.bias, dim=0)
 
@@ -81,11 +87,9 @@ class _SlottedColumn(_SlottedLinear, ColumnParallelLinear):
         if not self.switch.in_sp:
             return super().forward(input_)
         bias = None if self.bias_slots is None else self.bias_slots.whole
-        out = self._matmul(input_, None if self.skip_bias_add else bias)
+        out = self._matmul(input_, bias)
         out = out.view(-1, out.shape[-1] // self.switch.dims.sp)
-        if not self.return_bias:
-            return out
-        return out, bias if self.skip_bias_add else None
+        return (out, None) if self.return_bias else out
 
 
 class SlottedColumnParallelLinear(_SlottedColumn, ColumnParallelLinear):
@@ -148,7 +152,8 @@ class SlottedVocabParallelEmbedding(VocabParallelEmbedding):
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         """In SP mode: ``input_`` [n] token ids gives [n, hidden]; else vLLM's own forward."""
         if not self.switch.in_sp:
-            return super().forward(input_)
+            out: torch.Tensor = super().forward(input_)
+            return out
         table, dims = self.weight_slots.whole, self.switch.dims
         if dims.tp == 1:
             return F.embedding(input_, table)
@@ -186,5 +191,6 @@ def slotted_layers(switch: ModeSwitch) -> Iterator[None]:
         yield
     finally:
         _switch = None
+        # vLLM has no call that takes a registration back; an engine of another kind may follow in this process.
         for name in _REPLACEMENTS:
             del custom_op.op_registry_oot[name]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.config import CompilationMode
+
 # Each is tested against transformers and stock vLLM, in both modes.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -85,6 +87,11 @@ ENGINE_LIMITS = (
         lambda config: config.compilation_config.pass_config.enable_sp,
         "leave out pass_config.enable_sp",
     ),
+    Limit(
+        "torch.compile without vLLM's own pipeline",
+        lambda config: config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE,
+        "leave the compilation mode at its default",
+    ),
     Limit("LoRA", lambda config: config.lora_config is not None, "leave out --enable-lora"),
     Limit(
         "speculative decoding",
@@ -156,7 +163,9 @@ def check_model_shape(model: Any, world_size: int) -> None:
     """
     text = model.hf_text_config
     heads, kv_heads = text.num_attention_heads, model.get_total_num_kv_heads()
-    sizes = {"attention heads": heads, "intermediate size": text.intermediate_size}
+    # vLLM pads the vocabulary to a multiple of 64 before it shards it.
+    vocabulary = -(-text.vocab_size // 64) * 64
+    sizes = {"attention heads": heads, "intermediate size": text.intermediate_size, "padded vocabulary": vocabulary}
 
     def fits(ranks: int) -> bool:
         even = all(size % ranks == 0 for size in sizes.values())
@@ -165,8 +174,8 @@ def check_model_shape(model: Any, world_size: int) -> None:
     if fits(world_size):
         return
     works = [ranks for ranks in range(2, heads + 1) if fits(ranks)]
-    shown = ", ".join(f"{size} {name}" for name, size in sizes.items())
+    shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
     raise ValueError(
-        f"SP x TP = {world_size} ranks do not divide this model ({shown}, {kv_heads} KV heads); "
+        f"SP x TP = {world_size} ranks do not divide this model ({shown}, KV heads {kv_heads}); "
         f"numbers of ranks that work: {works}"
     )

@@ -42,8 +42,12 @@ def register() -> None:
         return
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-    if hasattr(EngineArgs, "enable_shift_parallel"):
+    if getattr(EngineArgs, "_vllm_shift", False):
         return
+    if taken := [field.name for field in dataclasses.fields(ShiftArgs) if hasattr(EngineArgs, field.name)]:
+        logger.error("Another vLLM plugin has added %s: vllm-shift leaves vLLM as it is.", taken)
+        return
+    EngineArgs._vllm_shift = True
     for cls in (EngineArgs, AsyncEngineArgs):
         _add_fields(cls)
     _add_flags(EngineArgs)
@@ -108,7 +112,7 @@ def _add_translation(engine_args: Any) -> None:
     @functools.wraps(stock_create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         unused = all(getattr(self, field.name) == field.default for field in dataclasses.fields(ShiftArgs))
-        if unused and CONFIG_KEY not in self.additional_config:
+        if unused and CONFIG_KEY not in (self.additional_config or {}):
             return stock_create(self, *args, **kwargs)
         from vllm_shift.translate import create_shift_engine_config
 

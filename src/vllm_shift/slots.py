@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from vllm_shift.dims import ParallelDims
 
@@ -28,15 +27,18 @@ class Slots:
         impersonate: called with a TP=P rank before vLLM's loader fills that rank's slot.
 
     Attributes:
-        whole: all slots as one tensor, ``dims.sp`` times as large as ``param`` along ``dim``: the TP=T shard.
+        whole: all slots as one tensor, ``dims.sp`` times as large as ``param`` along ``dim``: the TP=T shard. Its
+            memory is contiguous along ``dim``, which is the transposed layout for a row-parallel weight.
     """
 
-    def __init__(self, param: nn.Parameter, dim: int, dims: ParallelDims, impersonate: Impersonate) -> None:
+    def __init__(self, param: Any, dim: int, dims: ParallelDims, impersonate: Impersonate) -> None:
         self._dim, self._dims, self._impersonate = dim, dims, impersonate
         self._size = param.shape[dim]
-        shape = list(param.shape)
-        shape[dim] *= dims.sp
-        self.whole = torch.empty(shape, dtype=param.dtype, device=param.device)
+        # In memory the slots follow each other, so that each is as dense as a weight of its own: a slice of every row
+        # is slower in TP mode, a transposed weight is not (benchmarks/row_layout.py).
+        outer, *inner = param.movedim(dim, 0).shape
+        storage = torch.empty(outer * dims.sp, *inner, dtype=param.dtype, device=param.device)
+        self.whole = storage.movedim(0, dim)
         self._stock_loader = param.weight_loader
         param.weight_loader = self._load
         param.data = self[dims.sp_rank]
@@ -44,7 +46,7 @@ class Slots:
     def __getitem__(self, slot: int) -> torch.Tensor:
         return self.whole.narrow(self._dim, slot * self._size, self._size)
 
-    def _load(self, param: nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def _load(self, param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         for slot, shard in enumerate(self._dims.slots):
             self._impersonate(shard)
             param.data = self[slot]

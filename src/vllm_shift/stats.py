@@ -46,9 +46,10 @@ class StepCounter:
             self._timer.cancel()
 
     def _write(self) -> None:
+        self._timer = None  # first, so that a step counted from here on starts the next one
         now = self.totals()
         new = {name: now[name] - self._logged[name] for name in now}
-        self._logged, self._timer = now, None
+        self._logged = now
         logger.info(
             "Shift Parallelism: TP mode %d steps (%d tokens), SP mode %d steps (%d tokens); "
             "since start TP %d, SP %d steps.",

@@ -46,7 +46,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
 
     stock_args = copy.copy(engine_args)
     stock_args.tensor_parallel_size = config.world_size
-    stock_args.additional_config = engine_args.additional_config | {CONFIG_KEY: config.to_dict()}
+    stock_args.additional_config = (engine_args.additional_config or {}) | {CONFIG_KEY: config.to_dict()}
 
     def create_model_config() -> Any:
         # Here rather than afterwards: vLLM would blame a TP degree that the user never gave.
@@ -69,25 +69,16 @@ def read_settings(engine_args: Any) -> ShiftConfig:
     Raises:
         ValueError: a setting is wrong, or the two disagree.
     """
-    flags = ShiftConfig(
-        tensor_parallel_size=engine_args.tensor_parallel_size,
-        ulysses_sequence_parallel_size=engine_args.ulysses_sequence_parallel_size,
-        enable_shift_parallel=engine_args.enable_shift_parallel,
-        shift_parallel_threshold=engine_args.shift_parallel_threshold,
-    )
-    if CONFIG_KEY not in engine_args.additional_config:
-        return flags
-    settings = engine_args.additional_config[CONFIG_KEY]
-    given = ShiftConfig.from_dict(settings)
-    defaults = ShiftConfig()
-    for name in settings:
-        flag = getattr(flags, name)
-        if flag not in (getattr(given, name), getattr(defaults, name)):
+    flags = {name: getattr(engine_args, name) for name in ShiftConfig().to_dict()}
+    settings = (engine_args.additional_config or {}).get(CONFIG_KEY, {})
+    merged = flags | ShiftConfig.known(settings)
+    for name, default in ShiftConfig().to_dict().items():
+        if flags[name] not in (default, merged[name]):
             raise ValueError(
-                f"{name} is {flag!r} as a flag and {settings[name]!r} in additional_config[{CONFIG_KEY!r}]; "
+                f"{name} is {flags[name]!r} as a flag and {merged[name]!r} in additional_config[{CONFIG_KEY!r}]; "
                 "give it once"
             )
-    return ShiftConfig(**(flags.to_dict() | settings))
+    return ShiftConfig(**merged)
 
 
 def _check_devices(world_size: int, engine_args: Any) -> None:

@@ -21,15 +21,20 @@ logger = init_logger(f"vllm.{__name__}")
 class ShiftWorkerMixin(WorkerBase):
     """Adds Shift Parallelism to a stock vLLM worker. The stock worker must come after it in the bases."""
 
+    # Until init_device, which may fail, and shutdown comes nevertheless.
+    shift_counter: StepCounter | None = None
+    _shift_groups: tuple[GroupCoordinator, ...] = ()
+
     def init_device(self) -> None:
         """As the stock worker; then the process groups of SP mode."""
         super().init_device()
         self.shift_config = ShiftConfig.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         dims = self.shift_config.dims(self.rank)
+        # "tp" in the name of a group is what gives it vLLM's custom all-reduce.
         sp_group = _new_group(dims.sp_groups, "ulysses_sp")
         tp_group = _new_group(dims.tp_groups, "ulysses_tp") if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
-        self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
+        self._shift_groups = tuple(group for group in (sp_group, tp_group) if group is not None)
         self.shift_counter = StepCounter(log=self.rank == 0)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -45,28 +50,36 @@ class ShiftWorkerMixin(WorkerBase):
             logger.info("%s", _describe(self.shift_config, model))
 
     def compile_or_warm_up_model(self) -> Any:
-        """As the stock worker; TP mode is compiled here where memory profiling ran in SP mode, and nothing is counted."""
+        """As the stock worker; then counts from zero. Compiles TP mode, which a memory profile in SP mode has not."""
         if self.switch.max_tp_tokens:
             num_tokens = min(self.switch.max_tp_tokens, self.scheduler_config.max_num_batched_tokens)
             self.model_runner._dummy_run(num_tokens, cudagraph_runtime_mode=CUDAGraphMode.NONE)
         times = super().compile_or_warm_up_model()
+        assert self.shift_counter is not None
         self.shift_counter.reset()
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """As the stock worker; the step is counted under its mode."""
         num_tokens = scheduler_output.total_num_scheduled_tokens
+        assert self.shift_counter is not None
         if num_tokens:
             self.shift_counter.count(self.switch.is_sp_step(num_tokens), num_tokens)
         return super().execute_model(scheduler_output)
 
     def shift_stats(self) -> dict[str, int]:
         """Steps and tokens per mode since start-up, for ``collective_rpc("shift_stats")``."""
+        assert self.shift_counter is not None
         return self.shift_counter.totals()
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: vLLM's layerwise reload replaces the parameters that are views of the slots."""
+        raise NotImplementedError("Shift Parallelism does not support reloading weights; restart the engine")
 
     def shutdown(self) -> None:
         """As the stock worker; our process groups go first."""
-        self.shift_counter.close()
+        if self.shift_counter is not None:
+            self.shift_counter.close()
         for group in self._shift_groups:
             group.destroy()
         super().shutdown()
@@ -84,7 +97,7 @@ def _all_slots(model: nn.Module) -> list[Slots]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of memory behind a model's weights, each counted once however many views it has."""
-    tensors = [*model.parameters(), *model.buffers(), *(slots.whole for slots in _all_slots(model))]
+    tensors = [*model.parameters(), *(slots.whole for slots in _all_slots(model))]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -97,4 +110,4 @@ def _describe(config: ShiftConfig, model: nn.Module) -> str:
     else:
         modes = f"every step runs in SP={sp} x TP={tp}"
     gib = weight_bytes(model) / 2**30
-    return f"Shift Parallelism on {config.world_size} ranks: {modes}; weights {gib:.2f} GiB a rank, shared by both."
+    return f"Shift Parallelism on {config.world_size} ranks: {modes}; weights {gib:.2f} GiB a rank."

@@ -1,0 +1,47 @@
+"""The exchange, between real processes over gloo."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WIDTHS = (6, 2, 4)  # of q, k and v of one head block
+
+
+def tagged(rank: int, rows: int, sp: int, width: int) -> torch.Tensor:
+    """Folded view [rows*sp, width] whose elements say: token (global number), head block, column."""
+    token = (rank * rows + torch.arange(rows)).view(rows, 1, 1)
+    block = torch.arange(sp).view(1, sp, 1)
+    return (token * 10_000 + block * 100 + torch.arange(width)).float().view(rows * sp, width)
+
+
+def one_rank(rank: int, sp: int, rows: int, port: int) -> None:
+    from vllm_shift.exchange import heads_to_tokens, register_group, tokens_to_heads
+
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=sp)
+    group = SimpleGroup(unique_name="sp", world_size=sp, device_group=dist.group.WORLD)
+    name = register_group(group)
+    inputs = [tagged(rank, rows, sp, width) for width in WIDTHS]
+    # As in a model: k and v are column slices of one tensor.
+    k, v = torch.cat(inputs[1:], dim=-1).split(WIDTHS[1:], dim=-1)
+    exchanged = tokens_to_heads(inputs[0], k, v, name)
+    token = torch.arange(sp * rows).view(-1, 1)
+    for found, width in zip(exchanged, WIDTHS, strict=True):
+        assert torch.equal(found, (token * 10_000 + rank * 100 + torch.arange(width)).float())
+    assert torch.equal(heads_to_tokens(exchanged[0].contiguous(), name), inputs[0])
+    dist.destroy_process_group()
+
+
+class SimpleGroup(SimpleNamespace):
+    """The part of vLLM's GroupCoordinator that the exchange uses."""
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize(("sp", "rows"), [(2, 1), (2, 5), (3, 4)])
+def test_tokens_become_heads_and_come_back(sp, rows):
+    from vllm.utils.network_utils import get_open_port
+
+    mp.spawn(one_rank, args=(sp, rows, get_open_port()), nprocs=sp)

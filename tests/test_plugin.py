@@ -1,0 +1,195 @@
+"""The flags, and what they become: configs of stock engines, or clear refusals. No engine starts here."""
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import vllm
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.model_executor import custom_op
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+import vllm_shift
+from vllm_shift import limits, plugin
+from vllm_shift.config import CONFIG_KEY
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return str(tiny.make_checkpoint("llama", tmp_path_factory.mktemp("plugin")))
+
+
+def create(model, args_cls=EngineArgs, **kwargs):
+    defaults = {"enforce_eager": True, "max_model_len": 128, "dtype": "float32"}
+    return args_cls(model=model, **(defaults | kwargs)).create_engine_config()
+
+
+SHIFT = {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True}
+
+
+@pytest.mark.parametrize("args_cls", [EngineArgs, AsyncEngineArgs])
+def test_flags_reach_the_fields(args_cls, llama):
+    parser = args_cls.add_cli_args(FlexibleArgumentParser())
+    flags = "--ulysses-sequence-parallel-size 2 --enable-shift-parallel --shift-parallel-threshold 77"
+    args = args_cls.from_cli_args(parser.parse_args(["--model", llama, *flags.split()]))
+    assert args.ulysses_sequence_parallel_size == 2
+    assert args.enable_shift_parallel is True
+    assert args.shift_parallel_threshold == 77
+    defaults = args_cls.from_cli_args(parser.parse_args(["--model", llama]))
+    assert (defaults.ulysses_sequence_parallel_size, defaults.enable_shift_parallel) == (1, False)
+    assert defaults.shift_parallel_threshold == 256
+
+
+def test_help_shows_the_flags_in_a_group_of_their_own():
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    (group,) = [group for group in parser._action_groups if group.title == "ShiftParallelConfig"]
+    shown = [option for action in group._group_actions for option in action.option_strings]
+    for flag in ("--ulysses-sequence-parallel-size", "--enable-shift-parallel", "--shift-parallel-threshold"):
+        assert flag in shown
+        assert flag in README
+
+
+def test_registering_twice_changes_nothing():
+    before = EngineArgs.__init__, EngineArgs.add_cli_args, EngineArgs.create_engine_config
+    plugin.register()
+    assert before == (EngineArgs.__init__, EngineArgs.add_cli_args, EngineArgs.create_engine_config)
+
+
+def test_another_vllm_version_is_left_alone(monkeypatch, caplog_vllm):
+    monkeypatch.setattr(vllm, "__version__", "0.27.1")
+    monkeypatch.setattr(plugin, "_add_fields", lambda cls: pytest.fail("applied a change"))
+    monkeypatch.delattr(EngineArgs, "_vllm_shift")
+    plugin.register()
+    assert caplog_vllm.messages == [
+        "vllm-shift works with vLLM 0.26.0, found 0.27.1: Shift Parallelism is not available."
+    ]
+
+
+def test_without_the_flags_the_config_is_stock(llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm_shift.translate", None)  # its import would fail
+    config = create(llama, tensor_parallel_size=2)
+    assert config.parallel_config.tensor_parallel_size == 2
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert config.additional_config == {}
+    assert not custom_op.op_registry_oot
+
+
+def test_the_flags_become_a_stock_config_of_all_ranks(llama):
+    args = EngineArgs(model=llama, tensor_parallel_size=2, shift_parallel_threshold=99, enforce_eager=True, **SHIFT)
+    config = args.create_engine_config()
+    assert (args.tensor_parallel_size, args.additional_config) == (2, {})
+    assert config.parallel_config.tensor_parallel_size == config.parallel_config.world_size == 4
+    assert config.parallel_config.worker_cls == "vllm_shift.worker_cpu.ShiftCPUWorker"
+    assert config.additional_config[CONFIG_KEY] == {
+        "tensor_parallel_size": 2,
+        "ulysses_sequence_parallel_size": 2,
+        "enable_shift_parallel": True,
+        "shift_parallel_threshold": 99,
+    }
+    assert not custom_op.op_registry_oot
+
+
+def test_settings_in_additional_config_equal_flags(llama):
+    by_flags = create(llama, tensor_parallel_size=2, **SHIFT)
+    by_dict = create(llama, additional_config={CONFIG_KEY: SHIFT | {"tensor_parallel_size": 2}})
+    mixed = create(llama, tensor_parallel_size=2, enable_shift_parallel=True,
+                   additional_config={CONFIG_KEY: {"ulysses_sequence_parallel_size": 2}})  # fmt: skip
+    assert by_flags.additional_config == by_dict.additional_config == mixed.additional_config
+    assert by_dict.parallel_config.world_size == 4
+
+
+BAD = [
+    ({"ulysses_sequence_parallel_size": 3}, r"SP x TP = 3 ranks .*attention heads 8.*that work: \[2, 4, 8\]"),
+    ({"ulysses_sequence_parallel_size": 16}, r"SP x TP = 16 ranks"),
+    ({"enable_shift_parallel": True, "ulysses_sequence_parallel_size": 1}, "set --ulysses-sequence-parallel-size to 2"),
+    ({"shift_parallel_threshold": -5}, "at least 0, got -5"),
+    ({"shift_parallel_threshold": "many"}, "got 'many'"),
+    ({"pipeline_parallel_size": 2}, r"pipeline parallelism \(2\)"),
+    ({"data_parallel_size": 2}, r"data parallelism \(2\)"),
+    ({"enable_lora": True}, "LoRA: leave out --enable-lora"),
+    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, "speculative"),
+    ({"quantization": "fp8"}, r"quantization \(fp8\)"),
+    ({"enable_prompt_embeds": True}, "prompt embeddings"),
+    ({"model_impl": "transformers"}, r"model implementations .*\(transformers\)"),
+    ({"load_format": "sharded_state"}, r"load formats .*\(sharded_state\)"),
+    ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
+    ({"additional_config": {CONFIG_KEY: {"threshold": 3}}}, r"unknown keys \['threshold'\]"),
+    ({"additional_config": {CONFIG_KEY: {"ulysses_sequence_parallel_size": 4}}}, "4 in additional.*give it once"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kwargs", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_refusals_name_the_value_and_what_would_work(llama, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        create(llama, **(SHIFT | kwargs))
+
+
+def test_more_ranks_than_numa_nodes_is_refused_with_its_remedy(llama, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    with pytest.raises(ValueError, match=r"8 ranks.*set VLLM_CPU_OMP_THREADS_BIND=nobind"):
+        create(llama, tensor_parallel_size=4, **SHIFT)
+
+
+def test_more_ranks_than_gpus_is_refused(monkeypatch):
+    from vllm_shift import translate
+
+    gpus = SimpleNamespace(is_cuda=lambda: True, device_count=lambda: 4)
+    monkeypatch.setattr(translate, "current_platform", gpus)
+    one_host = SimpleNamespace(distributed_executor_backend=None, nnodes=1)
+    translate._check_devices(4, one_host)
+    with pytest.raises(ValueError, match="8 ranks need as many GPUs, found 4"):
+        translate._check_devices(8, one_host)
+    translate._check_devices(8, SimpleNamespace(distributed_executor_backend="ray", nnodes=1))
+
+
+def everything_unsupported(name):
+    """A config whose every attribute asks for something; ``name`` says for which table."""
+    model = SimpleNamespace(
+        is_multimodal_model=True, is_encoder_decoder=True, runner_type="pooling", is_moe=True, use_mla=True,
+        is_hybrid=True, is_attention_free=True, quantization="fp8", model_impl="terratorch", enable_prompt_embeds=True,
+        enable_sleep_mode=True, architecture="FalconForCausalLM",
+    )  # fmt: skip
+    sizes = ("pipeline", "data", "prefill_context", "decode_context")
+    engine = SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            **{f"{size}_parallel_size": 2 for size in sizes}, enable_expert_parallel=True, use_ubatching=True,
+            distributed_executor_backend="uni",
+        ),
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True), mode=1),
+        lora_config=1, speculative_config=1, kv_transfer_config=1, weight_transfer_config=1,
+        cache_config=SimpleNamespace(cache_dtype="fp8"),
+        offload_config=SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=4), prefetch=None),
+        load_config=SimpleNamespace(load_format="gguf"),
+        device_config=SimpleNamespace(device_type="xpu"),
+    )  # fmt: skip
+    return {"model": model, "engine": engine}[name]
+
+
+@pytest.mark.parametrize(
+    ("table", "name"), [(limits.MODEL_LIMITS, "model"), (limits.ENGINE_LIMITS, "engine")], ids=["model", "engine"]
+)
+def test_every_row_of_the_table_refuses(table, name):
+    config = everything_unsupported(name)
+    for limit in table:
+        with pytest.raises(ValueError, match=re.escape(limit.name)) as error:
+            limits.check((limit,), config)
+        assert limit.instead in str(error.value)
+
+
+def test_readme_repeats_the_table():
+    section = README.split("## Limits")[1].split("\n## ")[0]
+    for limit in (*limits.MODEL_LIMITS, *limits.ENGINE_LIMITS):
+        assert limit.name in section
+    for architecture in limits.ARCHITECTURES:
+        assert architecture in README
+
+
+def test_versions_agree():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'version = "{vllm_shift.__version__}"' in project
+    assert project.count(f"=={plugin.SUPPORTED_VLLM}") == 2

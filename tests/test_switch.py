@@ -1,0 +1,130 @@
+"""Which mode a step runs in, and what the model sees of it, on one rank without collectives."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from vllm.config import CompilationMode
+from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
+from vllm.model_executor.layers.attention import Attention
+
+from vllm_shift import switch as switch_module
+from vllm_shift.dims import ParallelDims
+from vllm_shift.switch import ModeSwitch
+from vllm_shift.translate import graph_sizes
+
+VLLM_CONFIG = SimpleNamespace(
+    compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
+    scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+)
+
+
+class FakeAttention(Attention):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+class Model(nn.Module):
+    """Records what it is called with; returns a hidden state per token id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.attention = FakeAttention()
+        self.calls = []
+        self.fails = False
+
+    def forward(self, input_ids, positions):
+        self.calls.append((input_ids, positions, get_forward_context().skip_compiled))
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return input_ids.float().unsqueeze(-1)
+
+
+@pytest.fixture
+def make(monkeypatch):
+    monkeypatch.setattr(switch_module, "register_group", lambda group: "sp")
+
+    def build(sp: int, rank: int, threshold: int) -> tuple[ModeSwitch, Model]:
+        gathered = SimpleNamespace(all_gather=lambda x, dim: torch.cat([x] * sp, dim))
+        switch = ModeSwitch(ParallelDims(sp, 1, rank), threshold, gathered, None)
+        model = Model()
+        switch.attach(model, VLLM_CONFIG)
+        return switch, model
+
+    context = ForwardContext(no_compile_layers={}, attn_metadata={}, slot_mapping={})
+    with override_forward_context(context):
+        yield build
+
+
+def step(model: Model, num_tokens: int) -> torch.Tensor:
+    return model(input_ids=torch.arange(100, 100 + num_tokens), positions=torch.arange(num_tokens))
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 7, 30])
+def test_the_threshold_itself_is_tp(make, threshold):
+    switch, model = make(2, 0, threshold)
+    for num_tokens in range(1, 40):
+        output = step(model, num_tokens)
+        in_sp = num_tokens > threshold
+        assert switch.is_sp_step(num_tokens) == in_sp
+        rows = -(-num_tokens // 2) if in_sp else num_tokens
+        assert len(model.calls[-1][0]) == rows
+        assert len(output) == num_tokens
+        assert model.calls[-1][2] == in_sp  # SP mode must not run the trace of TP mode
+        assert not switch.in_sp
+        assert not get_forward_context().skip_compiled
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 9])
+def test_each_rank_gets_its_own_tokens(make, num_tokens):
+    sp, seen = 3, []
+    for rank in range(sp):
+        _, model = make(sp, rank, 0)
+        step(model, num_tokens)
+        ids, positions, _ = model.calls[0]
+        assert positions.view(-1, sp).eq(positions.view(-1, sp)[:, :1]).all()
+        seen += list(zip(ids.tolist(), positions.view(-1, sp)[:, 0].tolist(), strict=True))
+    assert seen[:num_tokens] == [(100 + i, i) for i in range(num_tokens)]
+    assert all(padding == (0, 0) for padding in seen[num_tokens:])
+
+
+def test_inputs_stay_where_cuda_graphs_read_them(make):
+    _, model = make(2, 1, 0)
+    for num_tokens in (9, 64, 1):
+        step(model, num_tokens)
+    assert len({(ids.data_ptr(), positions.data_ptr()) for ids, positions, _ in model.calls}) == 1
+
+
+def test_a_failed_step_leaves_sp_mode(make):
+    switch, model = make(2, 0, 4)
+    model.fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(model, 8)
+    assert not switch.in_sp
+    model.fails = False
+    assert len(step(model, 3)) == 3
+
+
+def test_a_model_without_attention_is_refused(make):
+    switch, _ = make(2, 0, 4)
+    with pytest.raises(NotImplementedError, match="Linear has no attention layer"):
+        switch.attach(nn.Linear(2, 2), VLLM_CONFIG)
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 100, 256, 500, 512, 700, 10_000])
+def test_no_graph_size_pads_a_batch_into_the_other_mode(threshold):
+    stock = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    sizes = graph_sizes(stock, threshold, extend_to=8192)
+    assert set(stock) <= set(sizes)
+    assert sizes == sorted(set(sizes))
+    for num_tokens in range(1, sizes[-1] + 1):
+        padded = next(size for size in sizes if size >= num_tokens)
+        assert (padded > threshold) == (num_tokens > threshold)
+
+
+def test_graph_sizes_respect_the_user_and_the_token_budget():
+    assert graph_sizes([], 256, 8192) == []
+    assert graph_sizes([1, 8], 256, 0) == [1, 8]
+    assert graph_sizes([1, 512], 100, 1024)[-1] == 1024

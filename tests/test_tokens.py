@@ -1,0 +1,167 @@
+"""Tokens, log-probabilities and KV caches: transformers, stock vLLM at TP=P and both modes of ours agree, in fp32.
+
+Prompts of 1 to 200 tokens run with chunks of 128, prefix caching, and P both below and above the 2 KV heads.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from vllm.utils.network_utils import get_open_port
+
+pytestmark = pytest.mark.engine
+
+LAYOUTS = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}
+NEVER = 10**9
+THRESHOLDS = [0, 64, NEVER]
+TOLERANCE = 1e-3
+
+
+class Group:
+    """Results of all engines of P ranks: by engine name, for every rank."""
+
+    def __init__(self, world: int, folder: Path) -> None:
+        engines = []
+        for name in tiny.CONFIGS:
+            model = {"model": str(tiny.make_checkpoint(name, folder))}
+            stock = model | {"tensor_parallel_size": world}
+            engines.append({"name": f"{name}-stock", "args": stock, "thresholds": [None] * len(THRESHOLDS)})
+            for sp, tp in LAYOUTS[world]:
+                shift = model | {"tensor_parallel_size": tp, "ulysses_sequence_parallel_size": sp}
+                shift |= {"enable_shift_parallel": True}
+                engines.append({"name": f"{name}-{sp}x{tp}", "args": shift, "thresholds": THRESHOLDS})
+        common = {
+            "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
+            "max_num_batched_tokens": 128, "max_num_seqs": 8, "kv_cache_memory_bytes": 8 << 20, "block_size": 32,
+            "distributed_executor_backend": "external_launcher", "seed": 0,
+        }  # fmt: skip
+        job = {"folder": str(folder), "prompts": tiny.prompts(), "max_tokens": 8, "engines": engines, "common": common}
+        (folder / "job.json").write_text(json.dumps(job))
+        self.folder = folder
+        self.results = self._run(world)
+
+    def _run(self, world: int) -> list[dict]:
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_open_port())}
+        command = [sys.executable, str(Path(__file__).with_name("rank_main.py")), str(self.folder / "job.json")]
+        ranks = []
+        for rank in range(world):
+            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            with open(self.folder / f"log-{rank}", "w") as log:
+                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            codes = [process.wait(timeout=840) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        if any(codes):
+            pytest.fail(f"ranks exited with {codes}:\n" + (self.folder / "log-0").read_text()[-5000:])
+        return [json.loads((self.folder / f"results-{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    made: dict[int, Group] = {}
+
+    def group(world: int) -> Group:
+        if world not in made:
+            made[world] = Group(world, tmp_path_factory.mktemp(f"ranks{world}"))
+        return made[world]
+
+    return group
+
+
+CASES = [
+    (name, sp, tp, number)
+    for sp, tp in [(2, 1), (4, 1), (2, 2)]
+    for name in tiny.CONFIGS
+    for number in range(len(THRESHOLDS))
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-sp{case[1]}-tp{case[2]}-threshold{THRESHOLDS[case[3]]}")
+def runs(request, groups):
+    """One run of ours on every rank, and the run of stock vLLM that was given the same KV blocks."""
+    name, sp, tp, number = request.param
+    results = groups(sp * tp).results
+    ours = [result[f"{name}-{sp}x{tp}"][number] for result in results]
+    return ours, results[0][f"{name}-stock"][number]
+
+
+def assert_same(found, expected):
+    assert len(found["outputs"]) == len(expected["outputs"])
+    for ours, theirs in zip(found["outputs"], expected["outputs"], strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE)
+
+
+def test_tokens_equal_stock_on_every_rank(runs):
+    ours, stock = runs
+    for run in ours:
+        assert_same(run, stock)
+
+
+def test_kv_caches_equal_stock_on_every_rank(runs):
+    for run in runs[0]:
+        assert run["kv_difference"] < TOLERANCE
+        assert min(run["kv_written"]) == max(run["kv_written"]) > 100
+
+
+def test_the_threshold_decides_the_mode(runs):
+    for run in runs[0]:
+        stats = run["stats"]
+        assert (stats["sp_steps"] > 0) == (run["threshold"] < NEVER)
+        assert (stats["tp_steps"] > 0) == (run["threshold"] > 0)
+        assert stats["sp_tokens"] > run["threshold"] * stats["sp_steps"] or stats["sp_steps"] == 0
+        assert stats["tp_tokens"] <= run["threshold"] * stats["tp_steps"]
+
+
+def test_one_copy_of_the_weights(runs, groups, request):
+    ours, _ = runs
+    name, sp, tp, _ = request.node.callspec.params["runs"]
+    checkpoint = transformers.AutoModelForCausalLM.from_pretrained(groups(sp * tp).folder / name)
+    config, bytes_per_value = checkpoint.config, 4
+    sharded_once = 512 * config.hidden_size  # vocabulary, padded to a multiple of 64
+    kv_copies = max(1, tp * sp // config.num_key_value_heads)  # a KV head per TP=P shard, at least
+    kv_values = 2 * config.num_key_value_heads * kv_copies * 32 * config.hidden_size
+    per_layer = kv_values + 2 * 8 * 32 * config.hidden_size + 3 * config.hidden_size * config.intermediate_size
+    slots = (sharded_once + config.num_hidden_layers * per_layer) / tp
+    head = 0 if config.tie_word_embeddings else sharded_once / (sp * tp)
+    biases_and_norms = 20 * config.num_hidden_layers * config.hidden_size
+    for run in ours:
+        assert run["weights"]["views"]
+        assert all(run["weights"]["views"])
+        matrices = bytes_per_value * (slots + head)
+        assert matrices <= run["weights"]["bytes"] <= matrices + bytes_per_value * biases_and_norms
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_stock_equals_transformers(groups, name, world):
+    group = groups(world)
+    model = transformers.AutoModelForCausalLM.from_pretrained(group.folder / name, dtype=torch.float32).eval()
+    for output in group.results[0][f"{name}-stock"][0]["outputs"]:
+        prompt, tokens = output["prompt"], output["tokens"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == tokens
+        expected = logits.log_softmax(-1)[range(len(tokens)), tokens].tolist()
+        assert output["logprobs"] == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_an_engine_without_the_flags_has_nothing_of_ours(groups, world):
+    # Engines with the flags have run in the same processes before all but the first of these.
+    for result in groups(world).results:
+        for name in tiny.CONFIGS:
+            facts = result[f"{name}-stock"][0]["facts"]
+            assert facts["replaced"] == []
+            assert facts["hooks"] == 0
+            assert facts["worker"] == "vllm.v1.worker.cpu_worker"
+            assert "vllm_shift" not in facts["modules"]
