@@ -37,8 +37,6 @@ SERVER_ENV = {
     "OMP_NUM_THREADS": "1",
     # Nothing is compiled here, and setting up the compiler takes as long as the rest of the start.
     "TORCHDYNAMO_DISABLE": "1",
-    # Five processes import vLLM: those after the first load its bytecode, where the shell forbids writing it.
-    "PYTHONDONTWRITEBYTECODE": "",
     # Opens POST /collective_rpc, which the step counts are read through.
     "VLLM_SERVER_DEV_MODE": "1",
     "HF_HUB_OFFLINE": "1",
