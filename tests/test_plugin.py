@@ -129,6 +129,13 @@ def test_refusals_name_the_value_and_what_would_work(llama, kwargs, message):
         create(llama, **(SHIFT | kwargs))
 
 
+def test_a_threshold_that_no_step_exceeds_is_named(llama, caplog_vllm):
+    create(llama, shift_parallel_threshold=64, max_num_batched_tokens=128, **SHIFT)
+    assert "SP mode will never run" not in caplog_vllm.text
+    create(llama, shift_parallel_threshold=128, max_num_batched_tokens=128, **SHIFT)
+    assert "SP mode will never run: the threshold of 128 tokens" in caplog_vllm.text
+
+
 def test_more_ranks_than_numa_nodes_is_refused_with_its_remedy(llama, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
     with pytest.raises(ValueError, match=r"8 ranks.*set VLLM_CPU_OMP_THREADS_BIND=nobind"):

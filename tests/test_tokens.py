@@ -5,15 +5,16 @@ Prompts of 1 to 200 tokens run with chunks of 128, prefix caching, and P both be
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import transformers
-from vllm.utils.network_utils import get_open_port
 
 pytestmark = pytest.mark.engine
 
@@ -21,6 +22,30 @@ LAYOUTS = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}
 NEVER = 10**9
 THRESHOLDS = [0, 64, NEVER]
 TOLERANCE = 1e-3
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` free ports in a row, below those that the system hands out to connections."""
+    for first in range(10_000 + os.getpid() % 1000, 30_000, count):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise OSError("no free ports")
+
+
+def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int | None]:
+    """Exit codes of all processes, or of those that ended when the first failed or the time was up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            break
+        time.sleep(0.5)
+    return codes
 
 
 class Group:
@@ -43,11 +68,12 @@ class Group:
         }  # fmt: skip
         job = {"folder": str(folder), "prompts": tiny.prompts(), "max_tokens": 8, "engines": engines, "common": common}
         (folder / "job.json").write_text(json.dumps(job))
-        self.folder = folder
+        self.folder, self.engines = folder, engines
         self.results = self._run(world)
 
     def _run(self, world: int) -> list[dict]:
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_open_port())}
+        first_port = free_ports(len(self.engines))
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first_port)}
         command = [sys.executable, str(Path(__file__).with_name("rank_main.py")), str(self.folder / "job.json")]
         ranks = []
         for rank in range(world):
@@ -56,11 +82,11 @@ class Group:
             with open(self.folder / f"log-{rank}", "w") as log:
                 ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
         try:
-            codes = [process.wait(timeout=840) for process in ranks]
+            codes = wait_for_all(ranks, seconds=840)
         finally:
             for process in ranks:
                 process.kill()
-        if any(codes):
+        if any(code != 0 for code in codes):
             pytest.fail(f"ranks exited with {codes}:\n" + (self.folder / "log-0").read_text()[-5000:])
         return [json.loads((self.folder / f"results-{rank}.json").read_text()) for rank in range(world)]
 

@@ -21,12 +21,17 @@ class CompiledTwins:
     Args:
         model: the model, not yet compiled: its first run must come later.
         vllm_config: the engine's config.
+
+    Raises:
+        NotImplementedError: vLLM compiles the model as a whole, so that its hooks do not run.
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         self._swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
             return
+        if isinstance(model, TorchCompileWithNoGuardsWrapper):
+            raise NotImplementedError(f"{type(model).__name__} is compiled as a whole; SP mode has no way in")
         sp_config = _config_of_twin(vllm_config)
         for parent in list(model.modules()):
             for name, child in parent.named_children():

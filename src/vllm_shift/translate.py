@@ -58,6 +58,13 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     stock_args.create_model_config = create_model_config
     vllm_config = stock_create(stock_args, *args, **kwargs)
     check(ENGINE_LIMITS, vllm_config)
+    most = vllm_config.scheduler_config.max_num_batched_tokens
+    if config.max_tp_tokens >= most:
+        logger.warning(
+            "SP mode will never run: the threshold of %d tokens is not below max_num_batched_tokens, %d.",
+            config.max_tp_tokens,
+            most,
+        )
     _use_shift_worker(vllm_config.parallel_config)
     _set_graph_sizes(vllm_config, config.max_tp_tokens, _chose_graph_sizes(engine_args))
     return vllm_config
