@@ -101,6 +101,9 @@ def test_settings_in_additional_config_equal_flags(llama):
                    additional_config={CONFIG_KEY: {"ulysses_sequence_parallel_size": 2}})  # fmt: skip
     assert by_flags.additional_config == by_dict.additional_config == mixed.additional_config
     assert by_dict.parallel_config.world_size == 4
+    stock = create(llama, additional_config={CONFIG_KEY: {"tensor_parallel_size": 2}})
+    assert stock.parallel_config.world_size == 2
+    assert stock.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
 
 
 BAD = [
@@ -165,7 +168,7 @@ def everything_unsupported(name):
     engine = SimpleNamespace(
         parallel_config=SimpleNamespace(
             **{f"{size}_parallel_size": 2 for size in sizes}, enable_expert_parallel=True, use_ubatching=True,
-            distributed_executor_backend="uni",
+            distributed_executor_backend="uni", _api_process_count=2,
         ),
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True), mode=1),
         lora_config=1, speculative_config=1, kv_transfer_config=1, weight_transfer_config=1,
@@ -180,7 +183,8 @@ def everything_unsupported(name):
 @pytest.mark.parametrize(
     ("table", "name"), [(limits.MODEL_LIMITS, "model"), (limits.ENGINE_LIMITS, "engine")], ids=["model", "engine"]
 )
-def test_every_row_of_the_table_refuses(table, name):
+def test_every_row_of_the_table_refuses(table, name, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     config = everything_unsupported(name)
     for limit in table:
         with pytest.raises(ValueError, match=re.escape(limit.name)) as error:

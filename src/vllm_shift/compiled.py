@@ -6,6 +6,7 @@ and goes through vLLM's own pipeline: fusions, compile cache, piecewise CUDA gra
 """
 
 import copy
+import os
 from typing import Any
 
 from torch import nn
@@ -56,6 +57,9 @@ def _config_of_twin(vllm_config: VllmConfig) -> Any:
     """A config that vLLM's compile cache tells from the engine's own."""
     config = copy.copy(vllm_config)
     config.compilation_config = copy.copy(vllm_config.compilation_config)
+    if config.compilation_config.cache_dir:
+        # A directory of the user's own takes the place of vLLM's, which the hash of the config names.
+        config.compilation_config.cache_dir = os.path.join(config.compilation_config.cache_dir, "sp")
     settings = vllm_config.additional_config
     config.additional_config = settings | {CONFIG_KEY: settings[CONFIG_KEY] | {"trace": "sp"}}
     return config

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm import envs
 from vllm.config import CompilationMode
 
 # Each is tested against transformers and stock vLLM, in both modes.
@@ -43,6 +44,13 @@ def _above_one(name: str) -> Callable[[Any], Any]:
 
 def _not_in(value: Any, allowed: tuple[str, ...]) -> Any:
     return None if str(value) in allowed else value
+
+
+def _compiles_by_itself(config: Any) -> bool:
+    mode, device = config.compilation_config.mode, config.device_config.device_type
+    # DYNAMO_TRACE_ONCE is the CPU backend's default; on CUDA every step of SP mode would run uncompiled.
+    once = mode == CompilationMode.DYNAMO_TRACE_ONCE and device == "cuda"
+    return bool(once or mode == CompilationMode.STOCK_TORCH_COMPILE)
 
 
 MODEL_LIMITS = (
@@ -89,8 +97,18 @@ ENGINE_LIMITS = (
     ),
     Limit(
         "torch.compile without vLLM's own pipeline",
-        lambda config: config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE,
+        _compiles_by_itself,
         "leave the compilation mode at its default",
+    ),
+    Limit(
+        "batch invariance",
+        lambda config: envs.VLLM_BATCH_INVARIANT,
+        "unset VLLM_BATCH_INVARIANT: sums are rounded differently in the two modes",
+    ),
+    Limit(
+        "several API server processes",
+        lambda config: config.parallel_config._api_process_count > 1 and config.parallel_config._api_process_count,
+        "set --api-server-count 1",
     ),
     Limit("LoRA", lambda config: config.lora_config is not None, "leave out --enable-lora"),
     Limit(

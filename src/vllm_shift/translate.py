@@ -40,12 +40,11 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
         ValueError: a setting is wrong, or something is asked for that is not supported with it.
     """
     config = read_settings(engine_args)
-    if not config.active:
-        return stock_create(engine_args, *args, **kwargs)
-    _check_devices(config.world_size, engine_args)
-
     stock_args = copy.copy(engine_args)
     stock_args.tensor_parallel_size = config.world_size
+    if not config.active:
+        return stock_create(stock_args, *args, **kwargs)
+    _check_devices(config.world_size, engine_args)
     stock_args.additional_config = (engine_args.additional_config or {}) | {CONFIG_KEY: config.to_dict()}
 
     def create_model_config() -> Any:

@@ -7,6 +7,7 @@ from torch import nn
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import GroupCoordinator, get_world_group, init_model_parallel_group
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
@@ -30,9 +31,8 @@ class ShiftWorkerMixin(WorkerBase):
         super().init_device()
         self.shift_config = ShiftConfig.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         dims = self.shift_config.dims(self.rank)
-        # "tp" in the name of a group is what gives it vLLM's custom all-reduce.
         sp_group = _new_group(dims.sp_groups, "ulysses_sp")
-        tp_group = _new_group(dims.tp_groups, "ulysses_tp") if dims.tp > 1 else None
+        tp_group = _new_group(dims.tp_groups, "ulysses_rows") if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
         self._shift_groups = tuple(group for group in (sp_group, tp_group) if group is not None)
         self.shift_counter = StepCounter(log=self.rank == 0)
@@ -77,15 +77,19 @@ class ShiftWorkerMixin(WorkerBase):
         raise NotImplementedError("Shift Parallelism does not support reloading weights; restart the engine")
 
     def shutdown(self) -> None:
-        """As the stock worker; our process groups go first."""
+        """As the stock worker; then our process groups, where no CUDA graph may still hold their communicators."""
         if self.shift_counter is not None:
             self.shift_counter.close()
-        for group in self._shift_groups:
-            group.destroy()
         super().shutdown()
+        if current_platform.is_cpu():
+            for group in self._shift_groups:
+                group.destroy()
 
 
 def _new_group(ranks: list[list[int]], name: str) -> GroupCoordinator:
+    # A name with "tp" in it would get vLLM's custom all-reduce, whose buffers vLLM registers for its own TP group only
+    # when it captures CUDA graphs.
+    assert "tp" not in name
     world = get_world_group()
     backend = torch.distributed.get_backend(world.device_group)
     return init_model_parallel_group(ranks, world.local_rank, backend, group_name=name)
