@@ -23,7 +23,8 @@ SHAPE = {
 }
 
 CONFIGS = {
-    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
+    # Biases everywhere, also on the row-parallel layers.
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3Config, {"tie_word_embeddings": False}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 48, "tie_word_embeddings": False}),
