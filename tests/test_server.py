@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -52,6 +54,9 @@ class Server:
                 time.sleep(0.5)
         pytest.fail(f"the server is not ready (exit code {self.process.poll()}):\n{self.log.read_text()[-4000:]}")
 
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none")
+
     def stats(self) -> dict[str, int]:
         """Steps and tokens by mode; every rank must have counted the same."""
         response = httpx.post(f"{self.url}/collective_rpc", json={"method": "shift_stats"}).json()
@@ -95,10 +100,27 @@ def tokens(count: int, start: int = 3) -> list[int]:
     return [3 + (start + i * 7) % 490 for i in range(count)]
 
 
+# A prompt above the threshold, then decoding below it.
+REQUEST = {
+    "model": "tiny",
+    "prompt": tokens(90),
+    "max_tokens": 12,
+    "temperature": 0,
+    "extra_body": {"ignore_eos": True},
+}
+
+
+@contextmanager
+def both_modes_run(server: Server) -> Iterator[None]:
+    before = server.stats()
+    yield
+    after = server.stats()
+    assert after["sp_steps"] > before["sp_steps"]
+    assert after["tp_steps"] > before["tp_steps"]
+
+
 def test_the_start_up_line_and_the_stats_line(server):
-    openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").completions.create(
-        model="tiny", prompt=tokens(100), max_tokens=4, temperature=0
-    )
+    server.client().completions.create(model="tiny", prompt=tokens(100), max_tokens=4, temperature=0)
     deadline = time.monotonic() + 20
     while "SP mode" not in server.log.read_text() and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -114,21 +136,11 @@ def test_health_and_metrics(server):
 
 
 def test_streaming_equals_not_streaming(server):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    before = server.stats()
-    request = {
-        "model": "tiny",
-        "prompt": tokens(90),
-        "max_tokens": 12,
-        "temperature": 0,
-        "extra_body": {"ignore_eos": True},
-    }
-    whole = client.completions.create(**request).choices[0].text
-    streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**request, stream=True))
+    client = server.client()
+    with both_modes_run(server):
+        whole = client.completions.create(**REQUEST).choices[0].text
+        streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**REQUEST, stream=True))
     assert streamed == whole
-    after = server.stats()
-    assert after["sp_steps"] > before["sp_steps"]
-    assert after["tp_steps"] > before["tp_steps"]
 
 
 def test_concurrent_requests_equal_single_ones(server):
@@ -149,15 +161,12 @@ def test_concurrent_requests_equal_single_ones(server):
         together = await asyncio.gather(*(ask(length) for length in lengths))
         assert together == [await ask(length) for length in lengths]
 
-    before = server.stats()
-    asyncio.run(run())
-    after = server.stats()
-    assert after["sp_steps"] > before["sp_steps"]
-    assert after["tp_steps"] > before["tp_steps"]
+    with both_modes_run(server):
+        asyncio.run(run())
 
 
 def test_a_client_that_leaves_frees_its_request(server):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    client = server.client()
     stream = client.completions.create(
         model="tiny", prompt=tokens(60), max_tokens=400, stream=True, extra_body={"ignore_eos": True}
     )
@@ -175,7 +184,7 @@ def test_a_client_that_leaves_frees_its_request(server):
 
 
 def test_bad_requests_leave_the_server_alive(server):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    client = server.client()
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="tiny", prompt=tokens(600), max_tokens=3)
     with pytest.raises(openai.BadRequestError):
@@ -185,20 +194,13 @@ def test_bad_requests_leave_the_server_alive(server):
 
 def test_plain_ulysses_by_the_other_command_with_a_compiled_model(server, model, tmp_path):
     """The same answers from the other launch command, SP in every step, and vLLM's default of compiling the model."""
-    request = {
-        "model": "tiny",
-        "prompt": tokens(90),
-        "max_tokens": 12,
-        "temperature": 0,
-        "extra_body": {"ignore_eos": True},
-    }
-    expected = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").completions.create(**request).choices[0].text
+    expected = server.client().completions.create(**REQUEST).choices[0].text
     other = Server("api_server", model, tmp_path / "log", ["--ulysses-sequence-parallel-size", "2"],
                    {"TORCHDYNAMO_DISABLE": "0"})  # fmt: skip
     try:
         other.wait_until_ready(300)
-        client = openai.OpenAI(base_url=f"{other.url}/v1", api_key="none")
-        assert client.completions.create(**request).choices[0].text == expected
+        client = other.client()
+        assert client.completions.create(**REQUEST).choices[0].text == expected
         stats = other.stats()
         assert stats["tp_steps"] == 0
         assert stats["sp_steps"] >= 12

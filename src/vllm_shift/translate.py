@@ -75,10 +75,11 @@ def read_settings(engine_args: Any) -> ShiftConfig:
     Raises:
         ValueError: a setting is wrong, or the two disagree.
     """
-    flags = {name: getattr(engine_args, name) for name in ShiftConfig().to_dict()}
+    defaults = ShiftConfig().to_dict()
+    flags = {name: getattr(engine_args, name) for name in defaults}
     settings = (engine_args.additional_config or {}).get(CONFIG_KEY, {})
     merged = flags | ShiftConfig.known(settings)
-    for name, default in ShiftConfig().to_dict().items():
+    for name, default in defaults.items():
         if flags[name] not in (default, merged[name]):
             raise ValueError(
                 f"{name} is {flags[name]!r} as a flag and {merged[name]!r} in additional_config[{CONFIG_KEY!r}]; "

@@ -22,9 +22,11 @@ logger = init_logger(f"vllm.{__name__}")
 class ShiftWorkerMixin(WorkerBase):
     """Adds Shift Parallelism to a stock vLLM worker. The stock worker must come after it in the bases."""
 
-    # Until init_device, which may fail, and shutdown comes nevertheless.
-    shift_counter: StepCounter | None = None
-    _shift_groups: tuple[GroupCoordinator, ...] = ()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # What shutdown closes is here, because init_device may fail and shutdown comes nevertheless.
+        self.shift_counter = StepCounter(log=self.rank == 0)
+        self._shift_groups: list[GroupCoordinator] = []
 
     def init_device(self) -> None:
         """As the stock worker; then the process groups of SP mode."""
@@ -34,8 +36,7 @@ class ShiftWorkerMixin(WorkerBase):
         sp_group = _new_group(dims.sp_groups, "ulysses_sp")
         tp_group = _new_group(dims.tp_groups, "ulysses_rows") if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
-        self._shift_groups = tuple(group for group in (sp_group, tp_group) if group is not None)
-        self.shift_counter = StepCounter(log=self.rank == 0)
+        self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """As the stock worker, with our layers in the model."""
@@ -55,21 +56,18 @@ class ShiftWorkerMixin(WorkerBase):
             num_tokens = min(self.switch.max_tp_tokens, self.scheduler_config.max_num_batched_tokens)
             self.model_runner._dummy_run(num_tokens, cudagraph_runtime_mode=CUDAGraphMode.NONE)
         times = super().compile_or_warm_up_model()
-        assert self.shift_counter is not None
         self.shift_counter.reset()
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """As the stock worker; the step is counted under its mode."""
         num_tokens = scheduler_output.total_num_scheduled_tokens
-        assert self.shift_counter is not None
         if num_tokens:
             self.shift_counter.count(self.switch.is_sp_step(num_tokens), num_tokens)
         return super().execute_model(scheduler_output)
 
     def shift_stats(self) -> dict[str, int]:
         """Steps and tokens per mode since start-up, for ``collective_rpc("shift_stats")``."""
-        assert self.shift_counter is not None
         return self.shift_counter.totals()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -78,8 +76,7 @@ class ShiftWorkerMixin(WorkerBase):
 
     def shutdown(self) -> None:
         """As the stock worker; then our process groups, where no CUDA graph may still hold their communicators."""
-        if self.shift_counter is not None:
-            self.shift_counter.close()
+        self.shift_counter.close()
         super().shutdown()
         if current_platform.is_cpu():
             for group in self._shift_groups:
@@ -101,9 +98,9 @@ def _all_slots(model: nn.Module) -> list[Slots]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of memory behind a model's weights, each counted once however many views it has."""
-    tensors = [*model.parameters(), *(slots.whole for slots in _all_slots(model))]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    # The storage behind a parameter with slots is that of all its slots.
+    storages = [parameter.untyped_storage() for parameter in model.parameters()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _describe(config: ShiftConfig, model: nn.Module) -> str:
