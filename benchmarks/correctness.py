@@ -2,14 +2,17 @@
 
 Prints the largest and the mean difference over prompts of several lengths, for the prompt tokens (prefill) and for the
 generated ones (decode). Example: python benchmarks/correctness.py --sp 2 --threshold 256
+With --shared-gpu all ranks share the first GPU (shared_gpu.py): slow, and without CUDA graphs.
 """
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import shared_gpu
 import torch
 from engines import SHAPES, add_engine_flags, engine_kwargs
 from vllm import LLM, SamplingParams
@@ -36,7 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_engine_flags(parser)
     parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--shared-gpu", action="store_true", help="all ranks on one GPU")
     args = parser.parse_args()
+    kwargs = engine_kwargs(args)
+    if args.shared_gpu:
+        if not shared_gpu.is_rank():
+            sys.exit(shared_gpu.run_ranks(args.tp * args.sp))
+        kwargs |= shared_gpu.engine_args()
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 1000, (length,), generator=generator).tolist() for length in LENGTHS]
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +56,7 @@ def main() -> None:
             max_model_len=4096,
             enable_prefix_caching=False,
             max_num_batched_tokens=1024,
-            **engine_kwargs(args),
+            **kwargs,
         )
         params = SamplingParams(temperature=0.0, max_tokens=16, logprobs=0, prompt_logprobs=0, ignore_eos=True)
         inputs: Any = [{"prompt_token_ids": prompt} for prompt in prompts]

@@ -13,15 +13,17 @@ SHAPES = {
            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
     "32b": {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
             "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
 }  # fmt: skip
 
 
-def write_config(shape: str, folder: Path) -> Path:
-    """Write the config of a Llama of the named shape, without weights; returns its folder."""
+def write_config(sizes: dict[str, int], folder: Path) -> Path:
+    """Write the config of a Llama of these sizes, without weights; returns its folder."""
     from transformers import LlamaConfig
 
-    path = folder / shape
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=65536, tie_word_embeddings=False)
+    path = folder / "model"
+    config = LlamaConfig(**sizes, max_position_embeddings=65536, tie_word_embeddings=False)
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = "bfloat16"
     config.save_pretrained(path)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines import add_engine_flags, engine_kwargs, write_config
+from engines import SHAPES, add_engine_flags, engine_kwargs, write_config
 from vllm import LLM, SamplingParams
 
 import vllm_shift  # noqa: F401  (adds the flags to LLM)
@@ -39,7 +39,7 @@ def main() -> None:
     random.seed(0)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        model = write_config(args.shape, Path(folder))
+        model = write_config(SHAPES[args.shape], Path(folder))
         llm = LLM(model=str(model), load_format="dummy", enable_prefix_caching=False, max_num_batched_tokens=8192,
                   max_model_len=16384, **engine_kwargs(args))  # fmt: skip
     result: dict[str, Any] = {"args": {k: str(v) for k, v in vars(args).items()}}

@@ -26,11 +26,25 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_shift.slots import Slots
 from vllm_shift.switch import ModeSwitch
 
 _switch: ModeSwitch | None = None
+
+
+def _folded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x.reshape(-1, weight.shape[1]), weight, bias)
+
+
+def _folded_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(x.numel() // weight.shape[1], weight.shape[0])
+
+
+# Opaque to Inductor, which would copy what an activation function writes to get from [n*S, w/P] to [n, w/T].
+_library = torch.library.Library("vllm_shift", "FRAGMENT")  # type: ignore[no-untyped-call]
+direct_register_custom_op("folded_linear", _folded_linear, fake_impl=_folded_linear_fake, target_lib=_library)
 
 
 class SlottedLinearMethod(UnquantizedLinearMethod):
@@ -120,9 +134,8 @@ class SlottedRowParallelLinear(_SlottedLinear, RowParallelLinear):
         """In SP mode: ``input_`` [n*S, in/P] gives [n, out], summed over the TP group; else vLLM's own forward."""
         if not self.switch.in_sp:
             return super().forward(input_)
-        x = input_.reshape(-1, input_.shape[-1] * self.switch.dims.sp)
-        adds_bias = self.switch.dims.tp_rank == 0 and not self.skip_bias_add
-        out = self.switch.all_reduce_tp(self._matmul(x, self.bias if adds_bias else None))
+        bias = self.bias if self.switch.dims.tp_rank == 0 and not self.skip_bias_add else None
+        out = self.switch.all_reduce_tp(torch.ops.vllm_shift.folded_linear(input_, self.weight_slots.whole, bias))
         if not self.return_bias:
             return out
         return out, self.bias if self.skip_bias_add else None

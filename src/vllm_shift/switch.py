@@ -113,7 +113,7 @@ class ModeSwitch:
         if not self.in_sp:
             return None
         q, k, v = args
-        q, k, v = tokens_to_heads(q, k, v, self._group_name)
+        q, k, v = tokens_to_heads(q, k, v, self.dims.sp, self._group_name)
         if not self._keep_padding:
             # The CPU backend sizes its work by the rows it is given; CUDA ones by the step, so a trace can keep them.
             q, k, v = (x[: self._num_tokens] for x in (q, k, v))
@@ -125,4 +125,4 @@ class ModeSwitch:
         if not self._keep_padding:
             rows = self.dims.local_tokens(self._num_tokens) * self.dims.sp
             output = F.pad(output, (0, 0, 0, rows - len(output)))
-        return heads_to_tokens(output, self._group_name)
+        return heads_to_tokens(output, self.dims.sp, self._group_name)

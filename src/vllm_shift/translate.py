@@ -18,6 +18,9 @@ from vllm_shift.limits import ENGINE_LIMITS, MODEL_LIMITS, check, check_model_sh
 
 logger = init_logger(f"vllm.{__name__}")
 
+# Up to about so many tokens an 8B model's share of a step takes as long to launch as to compute (benchmarks/results).
+GRAPH_TOKENS_PER_RANK = 1024
+
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_shift.worker_cpu.ShiftCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "vllm_shift.worker_gpu.ShiftGPUWorker",
@@ -65,7 +68,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
             most,
         )
     _use_shift_worker(vllm_config.parallel_config)
-    _set_graph_sizes(vllm_config, config.max_tp_tokens, _chose_graph_sizes(engine_args))
+    _set_graph_sizes(vllm_config, config, _chose_graph_sizes(engine_args))
     return vllm_config
 
 
@@ -130,27 +133,28 @@ def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[in
     """CUDA graph sizes of a shift engine, in tokens.
 
     The threshold becomes a size, so that no batch is padded from one mode into the other. Sizes of SP mode go further
-    than vLLM's default of 512, because a prefill of up to some 2,000 tokens takes longer to launch than to compute.
+    than vLLM's default of 512, because a rank's share of a large step still takes longer to launch than to compute.
 
     Args:
         stock: vLLM's sizes, ascending; empty when it captures none.
         max_tp_tokens: the threshold.
-        extend_to: largest size to add; steps grow from 64 to 128 tokens on the way.
+        extend_to: largest size to add, 8192 at most; they lie 64 to 512 tokens apart.
     """
     if not stock:
         return []
     sizes = set(stock)
-    sizes.update(size for size in (*range(576, 1025, 64), *range(1152, 2049, 128)) if stock[-1] < size <= extend_to)
+    larger = (*range(576, 1024, 64), *range(1024, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
+    sizes.update(size for size in larger if stock[-1] < size <= extend_to)
     if 0 < max_tp_tokens < max(sizes):
         sizes.add(max_tp_tokens)
     return sorted(sizes)
 
 
-def _set_graph_sizes(vllm_config: Any, max_tp_tokens: int, chosen_by_user: bool) -> None:
+def _set_graph_sizes(vllm_config: Any, config: ShiftConfig, chosen_by_user: bool) -> None:
     compilation = vllm_config.compilation_config
     stock = compilation.cudagraph_capture_sizes
-    extend_to = 0 if chosen_by_user else vllm_config.scheduler_config.max_num_batched_tokens
-    sizes = graph_sizes(stock, max_tp_tokens, extend_to)
+    most = min(vllm_config.scheduler_config.max_num_batched_tokens, GRAPH_TOKENS_PER_RANK * config.world_size)
+    sizes = graph_sizes(stock, config.max_tp_tokens, 0 if chosen_by_user else most)
     if sizes != stock:
         compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, sizes[-1]
         logger.info("CUDA graph sizes gain %s for Shift Parallelism.", sorted(set(sizes) - set(stock)))

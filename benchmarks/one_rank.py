@@ -1,0 +1,214 @@
+"""Step times of one rank of an SP x TP engine on one GPU, beside stock vLLM on the matching shards.
+
+**One rank without communication**: collectives are local copies of the same size. Three engines run one after the
+other. ``stock TP=P`` and ``stock TP=T`` are stock vLLM on a model with 1/P and 1/T of the heads, intermediate size and
+vocabulary; ``shift`` is one rank of SP=S x TP=T. A step of N tokens in SP mode is compared with stock TP=T on N/S
+tokens. N tokens are S prompts of N/S tokens each, so that both do the same attention.
+
+Example: python benchmarks/one_rank.py --shape 8b --sp 2 --out one_rank.json
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from engines import SHAPES, write_config
+
+ENGINES = ("stock TP=P", "stock TP=T", "shift")
+
+
+def shard(shape: str, ranks: int) -> dict[str, int]:
+    """The shape of one of ``ranks`` TP shards of a model."""
+    sizes = SHAPES[shape] | {}
+    for name in ("intermediate_size", "num_attention_heads", "vocab_size"):
+        sizes[name] //= ranks
+    sizes["num_key_value_heads"] = max(1, sizes["num_key_value_heads"] // ranks)
+    return sizes
+
+
+def start_engine(args: argparse.Namespace, folder: Path) -> Any:
+    from vllm import LLM
+
+    from vllm_shift.translate import GRAPH_TOKENS_PER_RANK, graph_sizes
+
+    world = args.sp * args.tp
+    model = write_config(shard(args.shape, args.tp if args.engine == "stock TP=T" else world), folder)
+    kwargs: dict[str, Any] = {"worker_cls": "one_rank_worker.MeasuredWorker"}
+    if args.engine == "shift":
+        settings = {"ulysses_sequence_parallel_size": args.sp, "tensor_parallel_size": args.tp}
+        settings |= {"enable_shift_parallel": True, "shift_parallel_threshold": args.threshold}
+        kwargs = {"worker_cls": "one_rank_worker.OneRankWorker", "additional_config": {"one_rank": settings}}
+    if args.engine == "shift" or args.same_graphs:
+        stock = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+        threshold = args.threshold if args.engine == "shift" else 0
+        sizes = graph_sizes(stock, threshold, min(args.most, GRAPH_TOKENS_PER_RANK * world))
+        kwargs["compilation_config"] = {"cudagraph_capture_sizes": sizes}
+    return LLM(
+        str(model), load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False, seed=0,
+        max_num_batched_tokens=args.most, max_model_len=args.most + 128,
+        **kwargs, **args.engine_args,
+    )  # fmt: skip
+
+
+def generate(llm: Any, prompts: int, prompt_tokens: int, output_tokens: int) -> None:
+    from vllm import SamplingParams
+
+    inputs: Any = [{"prompt_token_ids": random.choices(range(10, 1000), k=prompt_tokens)} for _ in range(prompts)]
+    params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+    llm.generate(inputs, params, use_tqdm=False)
+
+
+def timings(llm: Any) -> list[tuple[int, float, float]]:
+    return llm.llm_engine.collective_rpc("timings")[0]
+
+
+def time_prefill(llm: Any, prompts: int, tokens: int, repeats: int) -> float:
+    """Median ms of a step that prefills ``tokens`` tokens in ``prompts`` prompts; short ones are repeated more often."""
+    repeats = max(repeats, min(50, repeats * 4096 // tokens))
+    generate(llm, prompts, tokens // prompts, 1)
+    timings(llm)
+    for _ in range(repeats):
+        generate(llm, prompts, tokens // prompts, 1)
+    steps = [on_gpu for count, on_gpu, _ in timings(llm) if count == tokens]
+    assert len(steps) == repeats, f"{len(steps)} steps of {tokens} tokens instead of {repeats}"
+    return statistics.median(steps)
+
+
+def time_decode(llm: Any, batch: int, repeats: int) -> float:
+    """Median ms from one decode step to the next."""
+    timings(llm)
+    for _ in range(repeats):
+        generate(llm, batch, 16, 65)
+    # The last step of a repeat is followed by a pause.
+    return statistics.median([wait for count, on_gpu, wait in timings(llm) if count == batch and wait < 2 * on_gpu + 5])
+
+
+def time_shift(llm: Any, small: int, large: int, repeats: int) -> dict[str, float]:
+    """Median ms of a step right after one of the other mode, less that of a step after one of its own."""
+    added = {}
+    for name, own, other in (("to SP", large, small), ("to TP", small, large)):
+        after = {}
+        for before in (own, other):
+            steps = []
+            for _ in range(repeats):
+                generate(llm, 1, before, 1)
+                timings(llm)
+                generate(llm, 1, own, 1)
+                steps += [on_gpu for count, on_gpu, _ in timings(llm) if count == own]
+            after[before] = statistics.median(steps)
+        added[name] = after[other] - after[own]
+    return added
+
+
+def trace(llm: Any, prompts: int, tokens: int, output_tokens: int) -> list[tuple[str, int, float]]:
+    rpc = llm.llm_engine.collective_rpc
+    generate(llm, prompts, tokens // prompts, output_tokens)
+    rpc("start_trace")
+    generate(llm, prompts, tokens // prompts, output_tokens)
+    return rpc("stop_trace")[0]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is measured of ``args.engine``, in this process."""
+    random.seed(0)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        llm = start_engine(args, Path(folder))
+    result: dict[str, Any] = {"start_s": time.perf_counter() - begin}
+    tokens_of_step = {tokens: (args.sp, tokens) for tokens in args.prefill}
+    if args.engine == "stock TP=T":
+        tokens_of_step = {tokens: (1, tokens // args.sp) for tokens in args.prefill}
+    result["prefill_ms"] = {
+        tokens: time_prefill(llm, prompts, in_step, args.repeats)
+        for tokens, (prompts, in_step) in tokens_of_step.items()
+    }
+    if args.engine != "stock TP=T":
+        result["decode_ms"] = {batch: time_decode(llm, batch, args.repeats) for batch in args.decode}
+    if args.engine == "shift":
+        result["shift_ms"] = time_shift(llm, args.threshold // 2, 2 * args.threshold, 5 * args.repeats)
+    result["trace"] = {f"prefill {tokens}": trace(llm, *tokens_of_step[tokens], 1) for tokens in args.trace}
+    return result | llm.llm_engine.collective_rpc(lambda worker: worker.facts)[0]
+
+
+def run_child(args: argparse.Namespace, engine: str, folder: Path) -> dict[str, Any]:
+    """``measure`` in a process of its own."""
+    here = str(Path(__file__).parent)
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([here, env.get("PYTHONPATH", "")])
+    path = folder / "result.json"
+    command = [sys.executable, __file__, *sys.argv[1:], "--engine", engine, "--out", str(path)]
+    with open(folder / "log", "w") as log:
+        code = subprocess.call(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+    text = (folder / "log").read_text()
+    if args.logs:
+        (args.logs / f"{engine.replace(' ', '-').replace('=', '-')}.log").write_text(text)
+    if code:
+        sys.exit(f"engine {engine!r} failed:\n{text[-3000:]}")
+    return json.loads(path.read_text())
+
+
+def table(args: argparse.Namespace, results: dict[str, Any]) -> str:
+    """Ratios as Markdown."""
+    stock_p, stock_t, shift = (results[engine] for engine in ENGINES)
+    rows = [
+        ("decode " + batch, ours, stock_p["decode_ms"][batch], "TP=P") for batch, ours in shift["decode_ms"].items()
+    ]
+    for tokens, ours in shift["prefill_ms"].items():
+        other = (stock_t, "TP=T on N/S") if int(tokens) > args.threshold else (stock_p, "TP=P")
+        rows.append((f"prefill {tokens}", ours, other[0]["prefill_ms"][tokens], other[1]))
+    lines = ["| step | one rank, ms | stock, ms | stock is | ratio |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {name} | {ours:.3f} | {stock:.3f} | {what} | {ours / stock:.3f} |" for name, ours, stock, what in rows
+    ]
+
+    def graphs(result: dict[str, Any]) -> str:
+        return f"{result['graph_bytes'] / 2**30:.2f} ({result['graph_bytes_profiled'] / 2**30:.2f})"
+
+    lines += [
+        "",
+        f"weights / weights of TP=T: {shift['weight_bytes'] / stock_t['weight_bytes']:.3f}",
+        f"start, s: {shift['start_s']:.1f}, stock TP=P {stock_p['start_s']:.1f}",
+        f"CUDA graphs, GiB (profiled before): {graphs(shift)}, stock TP=P {graphs(stock_p)}",
+        f"added by a change of mode, ms: {shift['shift_ms']}",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="8b", choices=SHAPES)
+    parser.add_argument("--sp", type=int, default=2)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--threshold", type=int, default=256)
+    parser.add_argument("--prefill", type=int, nargs="*", default=[128, 256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--decode", type=int, nargs="*", default=[1, 16, 64, 128, 256])
+    parser.add_argument("--most", type=int, default=8192, help="max_num_batched_tokens")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--same-graphs", action="store_true", help="give stock vLLM the CUDA graph sizes of shift, too")
+    parser.add_argument("--trace", type=int, nargs="*", default=[], help="profile the kernels of these prefills")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--logs", type=Path, default=None, help="folder for the engines' logs")
+    parser.add_argument("--engine", choices=ENGINES, default=None, help="measure this one only, in this process")
+    args = parser.parse_args()
+    if args.engine:
+        args.out.write_text(json.dumps(measure(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        results = {engine: run_child(args, engine, Path(folder)) for engine in ENGINES}
+    print(table(args, results))
+    if args.out:
+        settings = {name: str(value) for name, value in vars(args).items()}
+        args.out.write_text(json.dumps({"settings": settings, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
