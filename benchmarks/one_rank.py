@@ -71,7 +71,7 @@ def timings(llm: Any) -> list[tuple[int, float, float]]:
 
 
 def time_prefill(llm: Any, prompts: int, tokens: int, repeats: int) -> float:
-    """Median ms of a step that prefills ``tokens`` tokens in ``prompts`` prompts; short ones are repeated more often."""
+    """Median ms of a step that prefills ``tokens`` tokens in ``prompts`` prompts; short ones more often."""
     repeats = max(repeats, min(50, repeats * 4096 // tokens))
     generate(llm, prompts, tokens // prompts, 1)
     timings(llm)
