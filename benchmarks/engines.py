@@ -34,7 +34,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that choose an engine: ``--tp``, ``--sp``, ``--threshold``, ``--engine-args``."""
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
     parser.add_argument("--sp", type=int, default=1, help="Ulysses sequence parallel size; 1 is stock vLLM")
-    parser.add_argument("--threshold", type=int, default=None, help="shift at this threshold; left out: plain Ulysses")
+    parser.add_argument(
+        "--threshold",
+        type=lambda text: text if text == "auto" else int(text),
+        default=None,
+        help="shift at this threshold, a number or 'auto'; left out: plain Ulysses",
+    )
     parser.add_argument("--engine-args", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
 
 
