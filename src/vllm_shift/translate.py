@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.limits import ENGINE_LIMITS, MODEL_LIMITS, check, check_model_shape
+from vllm_shift.metrics import publish
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -69,6 +70,8 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
         )
     _use_shift_worker(vllm_config.parallel_config)
     _set_graph_sizes(vllm_config, config, _chose_graph_sizes(engine_args))
+    if not engine_args.disable_log_stats:
+        publish(vllm_config)
     return vllm_config
 
 
