@@ -14,6 +14,20 @@ os.environ |= {
 import logging
 
 import pytest
+from rank_group import Group
+
+
+@pytest.fixture(scope="session")
+def groups(tmp_path_factory):
+    """Results of all engines of a number of ranks, made once."""
+    made: dict[int, Group] = {}
+
+    def group(world: int) -> Group:
+        if world not in made:
+            made[world] = Group(world, tmp_path_factory.mktemp(f"ranks{world}"))
+        return made[world]
+
+    return group
 
 
 @pytest.fixture

@@ -90,6 +90,7 @@ def test_the_flags_become_a_stock_config_of_all_ranks(llama):
         "ulysses_sequence_parallel_size": 2,
         "enable_shift_parallel": True,
         "shift_parallel_threshold": 99,
+        "self_check": True,
     }
     assert not custom_op.op_registry_oot
 
@@ -181,7 +182,9 @@ def everything_unsupported(name):
 
 
 @pytest.mark.parametrize(
-    ("table", "name"), [(limits.MODEL_LIMITS, "model"), (limits.ENGINE_LIMITS, "engine")], ids=["model", "engine"]
+    ("table", "name"),
+    [(limits.MODEL_LIMITS, "model"), (limits.UNCHECKED_LIMITS, "model"), (limits.ENGINE_LIMITS, "engine")],
+    ids=["model", "unchecked", "engine"],
 )
 def test_every_row_of_the_table_refuses(table, name, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
@@ -194,7 +197,7 @@ def test_every_row_of_the_table_refuses(table, name, monkeypatch):
 
 def test_readme_repeats_the_table():
     section = README.split("## Limits")[1].split("\n## ")[0]
-    for limit in (*limits.MODEL_LIMITS, *limits.ENGINE_LIMITS):
+    for limit in (*limits.MODEL_LIMITS, *limits.UNCHECKED_LIMITS, *limits.ENGINE_LIMITS):
         assert limit.name in section
     for architecture in limits.ARCHITECTURES:
         assert architecture in README

@@ -3,104 +3,15 @@
 Prompts of 1 to 200 tokens run with chunks of 128, prefix caching, and P both below and above the 2 KV heads.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
 import transformers
+from rank_group import NEVER, THRESHOLDS
 
 pytestmark = pytest.mark.engine
 
-LAYOUTS = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}
-NEVER = 10**9
-THRESHOLDS = [0, 64, NEVER]
 TOLERANCE = 1e-3
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` free ports in a row, below those that the system hands out to connections."""
-    for first in range(10_000 + os.getpid() % 1000, 30_000, count):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise OSError("no free ports")
-
-
-def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int | None]:
-    """Exit codes of all processes, or of those that ended when the first failed or the time was up."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process in processes]
-        if None not in codes or any(codes):
-            break
-        time.sleep(0.5)
-    return codes
-
-
-class Group:
-    """Results of all engines of P ranks: by engine name, for every rank."""
-
-    def __init__(self, world: int, folder: Path) -> None:
-        engines = []
-        for name in tiny.CONFIGS:
-            model = {"model": str(tiny.make_checkpoint(name, folder))}
-            stock = model | {"tensor_parallel_size": world}
-            engines.append({"name": f"{name}-stock", "args": stock, "thresholds": [None] * len(THRESHOLDS)})
-            for sp, tp in LAYOUTS[world]:
-                shift = model | {"tensor_parallel_size": tp, "ulysses_sequence_parallel_size": sp}
-                shift |= {"enable_shift_parallel": True}
-                engines.append({"name": f"{name}-{sp}x{tp}", "args": shift, "thresholds": THRESHOLDS})
-        common = {
-            "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
-            "max_num_batched_tokens": 128, "max_num_seqs": 8, "kv_cache_memory_bytes": 8 << 20, "block_size": 32,
-            "distributed_executor_backend": "external_launcher", "seed": 0,
-        }  # fmt: skip
-        job = {"folder": str(folder), "prompts": tiny.prompts(), "max_tokens": 8, "engines": engines, "common": common}
-        (folder / "job.json").write_text(json.dumps(job))
-        self.folder, self.engines = folder, engines
-        self.results = self._run(world)
-
-    def _run(self, world: int) -> list[dict]:
-        first_port = free_ports(len(self.engines))
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first_port)}
-        command = [sys.executable, str(Path(__file__).with_name("rank_main.py")), str(self.folder / "job.json")]
-        ranks = []
-        for rank in range(world):
-            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-            with open(self.folder / f"log-{rank}", "w") as log:
-                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-        try:
-            codes = wait_for_all(ranks, seconds=840)
-        finally:
-            for process in ranks:
-                process.kill()
-        if any(code != 0 for code in codes):
-            pytest.fail(f"ranks exited with {codes}:\n" + (self.folder / "log-0").read_text()[-5000:])
-        return [json.loads((self.folder / f"results-{rank}.json").read_text()) for rank in range(world)]
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    made: dict[int, Group] = {}
-
-    def group(world: int) -> Group:
-        if world not in made:
-            made[world] = Group(world, tmp_path_factory.mktemp(f"ranks{world}"))
-        return made[world]
-
-    return group
 
 
 CASES = [

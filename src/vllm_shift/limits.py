@@ -72,10 +72,14 @@ MODEL_LIMITS = (
     ),
     Limit("prompt embeddings", lambda model: model.enable_prompt_embeds, "leave out --enable-prompt-embeds"),
     Limit("sleep mode", lambda model: model.enable_sleep_mode, "leave out --enable-sleep-mode"),
+)
+
+# Without the self-check at start-up.
+UNCHECKED_LIMITS = (
     Limit(
-        "architectures not tested yet",
+        "architectures not tested yet, with the self-check off",
         lambda model: _not_in(model.architecture, ARCHITECTURES),
-        f"use one of {', '.join(ARCHITECTURES)}",
+        f'leave additional_config["shift_parallel"]["self_check"] at true, or use one of {", ".join(ARCHITECTURES)}',
     ),
 )
 

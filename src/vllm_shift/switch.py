@@ -30,6 +30,7 @@ class ModeSwitch:
 
     Attributes:
         in_sp: whether the step that runs is in SP mode.
+        eager: run the modules as they are, in both modes, instead of what is compiled for them.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class ModeSwitch:
         self.dims, self.max_tp_tokens = dims, max_tp_tokens
         self.sp_group, self._tp_group = sp_group, tp_group
         self._group_name = register_group(sp_group)
-        self.in_sp = False
+        self.in_sp = self.eager = False
 
     def is_sp_step(self, num_tokens: int) -> bool:
         """Whether a step of this many tokens runs in SP mode."""
@@ -80,10 +81,12 @@ class ModeSwitch:
         ``input_ids`` [N] become [n]; ``positions`` [N] become [n*S], each of this rank's repeated for every slot.
         """
         num_tokens = kwargs["positions"].shape[-1]
+        if self.eager:
+            get_forward_context().skip_compiled = True
         if not self.is_sp_step(num_tokens):
             return None
         self.in_sp, self._num_tokens = True, num_tokens
-        if self._twins:
+        if self._twins and not self.eager:
             self._twins.swap_in()
         else:
             # A compiled model is a trace of TP mode.

@@ -12,6 +12,8 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.layers import slotted_layers
+from vllm_shift.limits import ARCHITECTURES
+from vllm_shift.self_check import SelfCheck
 from vllm_shift.slots import Slots
 from vllm_shift.stats import StepCounter
 from vllm_shift.switch import ModeSwitch
@@ -51,11 +53,18 @@ class ShiftWorkerMixin(WorkerBase):
             logger.info("%s", _describe(self.shift_config, model))
 
     def compile_or_warm_up_model(self) -> Any:
-        """As the stock worker; then counts from zero. Compiles TP mode, which a memory profile in SP mode has not."""
+        """As the stock worker; then the self-check. Compiles TP mode, which a memory profile in SP mode has not."""
         if self.switch.max_tp_tokens:
             num_tokens = min(self.switch.max_tp_tokens, self.scheduler_config.max_num_batched_tokens)
             self.model_runner._dummy_run(num_tokens, cudagraph_runtime_mode=CUDAGraphMode.NONE)
         times = super().compile_or_warm_up_model()
+        if self.shift_config.self_check:
+            SelfCheck(self, super().execute_model).run()
+            if self.rank == 0 and self.model_config.architecture not in ARCHITECTURES:
+                logger.warning(
+                    "Shift Parallelism: %s is not among the tested architectures; it runs by the self-check only.",
+                    self.model_config.architecture,
+                )
         self.shift_counter.reset()
         return times
 
