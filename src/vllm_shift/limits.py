@@ -57,17 +57,11 @@ MODEL_LIMITS = (
     Limit("multimodal models", lambda model: model.is_multimodal_model, "use a text-only model"),
     Limit("encoder-decoder models", lambda model: model.is_encoder_decoder, "use a decoder-only model"),
     Limit("pooling models", lambda model: model.runner_type != "generate", "use --runner generate"),
-    Limit("mixture-of-experts models", lambda model: model.is_moe, "use a dense model"),
-    Limit("multi-head latent attention", lambda model: model.use_mla, "use a model with grouped-query attention"),
-    Limit(
-        "hybrid and attention-free models",
-        lambda model: model.is_hybrid or model.is_attention_free,
-        "use a model whose layers all have attention",
-    ),
+    Limit("attention-free models", lambda model: model.is_attention_free, "use a model with attention layers"),
     Limit("quantization", lambda model: model.quantization, "use an unquantized checkpoint"),
     Limit(
-        "model implementations other than vLLM's own",
-        lambda model: _not_in(model.model_impl, ("auto", "vllm")),
+        "model implementations other than vLLM's own and its transformers backend",
+        lambda model: _not_in(model.model_impl, ("auto", "vllm", "transformers")),
         "leave --model-impl at auto",
     ),
     Limit("prompt embeddings", lambda model: model.enable_prompt_embeds, "leave out --enable-prompt-embeds"),
@@ -187,7 +181,9 @@ def check_model_shape(model: Any, world_size: int) -> None:
     heads, kv_heads = text.num_attention_heads, model.get_total_num_kv_heads()
     # vLLM pads the vocabulary to a multiple of 64 before it shards it.
     vocabulary = -(-text.vocab_size // 64) * 64
-    sizes = {"attention heads": heads, "intermediate size": text.intermediate_size, "padded vocabulary": vocabulary}
+    sizes = {"attention heads": heads, "padded vocabulary": vocabulary}
+    if intermediate := getattr(text, "intermediate_size", None):
+        sizes["intermediate size"] = intermediate
 
     def fits(ranks: int) -> bool:
         even = all(size % ranks == 0 for size in sizes.values())

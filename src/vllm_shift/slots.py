@@ -39,7 +39,7 @@ class Slots:
         outer, *inner = param.movedim(dim, 0).shape
         storage = torch.empty(outer * dims.sp, *inner, dtype=param.dtype, device=param.device)
         self.whole = storage.movedim(0, dim)
-        self._stock_loader = param.weight_loader
+        self._param, self._stock_loader = param, param.weight_loader
         param.weight_loader = self._load
         param.data = self[dims.sp_rank]
 
@@ -59,3 +59,8 @@ class Slots:
         for slot in range(self._dims.sp):
             if slot != self._dims.sp_rank:
                 self[slot].copy_(self[self._dims.sp_rank])
+
+    def release(self) -> None:
+        """Give the parameter memory of its own, of its TP=P shard alone."""
+        self._param.data = self[self._dims.sp_rank].clone()
+        self._param.weight_loader = self._stock_loader

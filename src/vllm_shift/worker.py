@@ -11,7 +11,8 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
-from vllm_shift.layers import slotted_layers
+from vllm_shift.gathered import gathered_modules
+from vllm_shift.layers import check_layers, slotted_layers, stop_shifting
 from vllm_shift.limits import ARCHITECTURES
 from vllm_shift.self_check import SelfCheck
 from vllm_shift.slots import Slots
@@ -45,6 +46,8 @@ class ShiftWorkerMixin(WorkerBase):
         with slotted_layers(self.switch):
             super().load_model(load_dummy_weights=load_dummy_weights)
         model = self.model_runner.get_model()
+        stop_shifting(child for _, module in gathered_modules(model) for child in module.modules())
+        check_layers(model)
         if self.vllm_config.load_config.load_format == "dummy":
             for slots in _all_slots(model):
                 slots.repeat_own()
