@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,35 @@ from mutations import MUTATIONS
 LAYOUTS = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}
 NEVER = 10**9
 THRESHOLDS = [0, 64, NEVER]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model in a layout."""
+
+    name: str
+    sp: int
+    tp: int
+
+    @property
+    def world(self) -> int:
+        return self.sp * self.tp
+
+    @property
+    def nightly(self) -> bool:
+        return self.name in tiny.MORE_CONFIGS and self.world > 2
+
+
+def thresholds_of(name: str) -> list[int]:
+    return THRESHOLDS if name in tiny.CONFIGS else THRESHOLDS[:2]
+
+
+CASES = [
+    Case(name, sp, tp)
+    for layouts in LAYOUTS.values()
+    for sp, tp in layouts
+    for name in (*tiny.CONFIGS, *tiny.MORE_CONFIGS)
+]
 
 
 def self_checks(model: str) -> list[dict]:
@@ -61,19 +91,26 @@ def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int 
 
 
 class Group:
-    """Results of all engines of P ranks: by engine name, for every rank."""
+    """Results of all engines of P ranks: by engine name, for every rank.
 
-    def __init__(self, world: int, folder: Path) -> None:
+    Args:
+        world: P.
+        nightly: run the engines of the long tail instead of those of `make test`.
+        folder: for checkpoints, logs and results.
+    """
+
+    def __init__(self, world: int, nightly: bool, folder: Path) -> None:
         engines = []
-        for name in tiny.CONFIGS:
+        for name in dict.fromkeys(case.name for case in CASES if (case.world, case.nightly) == (world, nightly)):
             model = {"model": str(tiny.make_checkpoint(name, folder))}
+            thresholds = thresholds_of(name)
             stock = model | {"tensor_parallel_size": world}
-            engines.append({"name": f"{name}-stock", "args": stock, "thresholds": [None] * len(THRESHOLDS)})
+            engines.append({"name": f"{name}-stock", "args": stock, "thresholds": [None] * len(thresholds)})
             for sp, tp in LAYOUTS[world]:
                 shift = model | {"tensor_parallel_size": tp, "ulysses_sequence_parallel_size": sp}
                 shift |= {"enable_shift_parallel": True}
-                engines.append({"name": f"{name}-{sp}x{tp}", "args": shift, "thresholds": THRESHOLDS})
-        if world == 2:
+                engines.append({"name": f"{name}-{sp}x{tp}", "args": shift, "thresholds": thresholds})
+        if world == 2 and not nightly:
             engines += self_checks(str(folder / "qwen3"))
         common = {
             "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 512,

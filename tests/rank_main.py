@@ -24,7 +24,8 @@ import vllm_shift  # noqa: F401  (adds the flags to LLM)
 
 def kv_caches(worker: Any) -> list[torch.Tensor]:
     """The KV cache of each layer, without block 0, which vLLM keeps as a null block."""
-    return [cache[1:] for cache in worker.model_runner.kv_caches]
+    caches = worker.model_runner.kv_caches
+    return [part[1:] for cache in caches for part in (cache if isinstance(cache, list) else [cache])]
 
 
 def zero_kv_caches(worker: Any) -> None:

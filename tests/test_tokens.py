@@ -7,28 +7,32 @@ import pytest
 import tiny
 import torch
 import transformers
-from rank_group import NEVER, THRESHOLDS
+from rank_group import CASES, NEVER, thresholds_of
 
 pytestmark = pytest.mark.engine
 
 TOLERANCE = 1e-3
 
 
-CASES = [
-    (name, sp, tp, number)
-    for sp, tp in [(2, 1), (4, 1), (2, 2)]
-    for name in tiny.CONFIGS
-    for number in range(len(THRESHOLDS))
+RUNS = [
+    pytest.param(
+        (case, number),
+        marks=[pytest.mark.nightly] if case.nightly else [],
+        id=f"{case.name}-sp{case.sp}-tp{case.tp}-threshold{threshold}",
+    )
+    for case in CASES
+    for number, threshold in enumerate(thresholds_of(case.name))
 ]
+CORE = [run for run in RUNS if run.values[0][0].name in tiny.CONFIGS]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-sp{case[1]}-tp{case[2]}-threshold{THRESHOLDS[case[3]]}")
+@pytest.fixture(params=RUNS)
 def runs(request, groups):
     """One run of ours on every rank, and the run of stock vLLM that was given the same KV blocks."""
-    name, sp, tp, number = request.param
-    results = groups(sp * tp).results
-    ours = [result[f"{name}-{sp}x{tp}"][number] for result in results]
-    return ours, results[0][f"{name}-stock"][number]
+    case, number = request.param
+    results = groups(case.world, case.nightly).results
+    ours = [result[f"{case.name}-{case.sp}x{case.tp}"][number] for result in results]
+    return ours, results[0][f"{case.name}-stock"][number]
 
 
 def assert_same(found, expected):
@@ -59,9 +63,12 @@ def test_the_threshold_decides_the_mode(runs):
         assert stats["tp_tokens"] <= run["threshold"] * stats["tp_steps"]
 
 
+# The others have layers that run as in TP mode in both modes.
+@pytest.mark.parametrize("runs", CORE, indirect=True)
 def test_one_copy_of_the_weights(runs, groups, request):
     ours, _ = runs
-    name, sp, tp, _ = request.node.callspec.params["runs"]
+    case, _ = request.node.callspec.params["runs"]
+    name, sp, tp = case.name, case.sp, case.tp
     checkpoint = transformers.AutoModelForCausalLM.from_pretrained(groups(sp * tp).folder / name)
     config, bytes_per_value = checkpoint.config, 4
     sharded_once = 512 * config.hidden_size  # vocabulary, padded to a multiple of 64
@@ -78,10 +85,22 @@ def test_one_copy_of_the_weights(runs, groups, request):
         assert matrices <= run["weights"]["bytes"] <= matrices + bytes_per_value * biases_and_norms
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
-@pytest.mark.parametrize("world", [2, 4])
-def test_stock_equals_transformers(groups, name, world):
-    group = groups(world)
+STOCK = [
+    pytest.param(
+        case.name,
+        case.world,
+        case.nightly,
+        marks=[pytest.mark.nightly] if case.nightly else [],
+        id=f"{case.name}-{case.world}",
+    )
+    for case in CASES
+    if case.tp == 1
+]
+
+
+@pytest.mark.parametrize(("name", "world", "nightly"), STOCK)
+def test_stock_equals_transformers(groups, name, world, nightly):
+    group = groups(world, nightly)
     model = transformers.AutoModelForCausalLM.from_pretrained(group.folder / name, dtype=torch.float32).eval()
     for output in group.results[0][f"{name}-stock"][0]["outputs"]:
         prompt, tokens = output["prompt"], output["tokens"]

@@ -60,39 +60,40 @@ class Gather:
 
     Args:
         switch: the mode of the running step; its SP group is the one to gather over.
-        name: of the module, for errors.
-        module: the module. Its tensor arguments are [n, ...], apart from ``positions`` [n*S].
-
-    Raises:
-        NotImplementedError: the module writes its result into an argument.
+        module: the module. Its tensor arguments are [n, ...], apart from ``positions`` [n*S]. An argument ``output``
+            is where it writes its result.
     """
 
-    def __init__(self, switch: Any, name: str, module: nn.Module) -> None:
+    def __init__(self, switch: Any, module: nn.Module) -> None:
         self._switch = switch
-        parameters = list(inspect.signature(module.forward).parameters)
-        if "output" in parameters:
-            raise NotImplementedError(f"{name}: {type(module).__name__} writes into an argument; SP mode cannot")
-        self._positions = parameters.index("positions") if "positions" in parameters else -1
+        self._names = list(inspect.signature(module.forward).parameters)
+        self._result: tuple[torch.Tensor, torch.Tensor] | None = None
         module.register_forward_pre_hook(self._before, with_kwargs=True)
         module.register_forward_hook(self._after)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._switch.in_sp:
             return None
-        all_args = tuple(self._all_tokens(x, index == self._positions) for index, x in enumerate(args))
-        return all_args, {name: self._all_tokens(x, name == "positions") for name, x in kwargs.items()}
+        found = dict(zip(self._names, args, strict=False)) | kwargs
+        gathered = {name: self._all_tokens(name, x) for name, x in found.items()}
+        if "output" in found:
+            self._result = found["output"], gathered["output"]
+        return (), gathered
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._switch.in_sp:
             return None
+        if self._result is not None:
+            (own, everything), self._result = self._result, None
+            own.copy_(self._own_tokens(everything))
         if isinstance(output, tuple):
             return tuple(self._own_tokens(x) for x in output)
         return self._own_tokens(output)
 
-    def _all_tokens(self, x: Any, folded: bool) -> Any:
+    def _all_tokens(self, name: str, x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        if folded:
+        if name == "positions":
             x = x.view(-1, self._switch.dims.sp)[:, 0].contiguous()
         return self._switch.without_padding(self._switch.sp_group.all_gather(x, dim=0))
 

@@ -61,8 +61,8 @@ class ModeSwitch:
             NotImplementedError: the model has no attention layer to exchange at.
         """
         gathered = dict(gathered_modules(model))
-        for name, module in gathered.items():
-            Gather(self, name, module)
+        for module in gathered.values():
+            Gather(self, module)
         inside = {child for module in gathered.values() for child in module.modules()}
         layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
         layers = [layer for layer in layers if layer not in inside]
