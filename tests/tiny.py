@@ -47,7 +47,10 @@ MORE_CONFIGS = {
     ),
     "glm4": (transformers.Glm4Config, {"partial_rotary_factor": 0.5, "tie_word_embeddings": False, "pad_token_id": 0}),
     "olmo3": (transformers.Olmo3Config, {"pad_token_id": 0, "num_key_value_heads": 4, **LAYER_TYPES}),
-    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256},
+    ),
     "qwen3_moe": (
         transformers.Qwen3MoeConfig,
         {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True},
@@ -55,8 +58,8 @@ MORE_CONFIGS = {
     "llama4": (
         transformers.Llama4TextConfig,
         {
-            "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 256, "intermediate_size_mlp": 192, "attention_chunk_size": 64,
-            "interleave_moe_layer_step": 2, "pad_token_id": 0, "no_rope_layers": [1, 0, 1],
+            "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 256, "intermediate_size_mlp": 192,
+            "attention_chunk_size": 64, "interleave_moe_layer_step": 2, "pad_token_id": 0, "no_rope_layers": [1, 0, 1],
         },
     ),
 }  # fmt: skip
