@@ -379,9 +379,9 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor, share: float) ->
     expected, found = expected.float().flatten(0, -2), found.float().flatten(0, -2)
     lengths, differences = expected.norm(dim=-1), (expected - found).norm(dim=-1)
     written = (lengths > 0) | (differences > 0)
-    lengths, differences = lengths[written], differences[written]
-    if not len(lengths) or not differences.isfinite().all():
+    if not written.any() or not differences.isfinite().all():
         return math.inf
+    lengths, differences = lengths[written], differences[written]
     errors = differences / lengths.clamp_min(lengths.square().mean().sqrt())
     kept = len(errors) - int(share * len(errors))
     return float(errors.kthvalue(kept).values)
