@@ -64,6 +64,13 @@ def test_one_outlier_does_not_split_the_range():
     assert find_threshold(steps, MOST, SIZES) > 500
 
 
+def test_any_two_neighbours_may_be_out_of_order():
+    assert find_threshold([StepTimes(1, 2, 3), StepTimes(16, 2, 4)], MOST, SIZES) == MOST
+    assert find_threshold([StepTimes(1, 2, 1), StepTimes(16, 2, 1.5)], MOST, SIZES) == 0
+    steps = [StepTimes(1, 1, 2), StepTimes(16, 1, 1.2), StepTimes(64, 1, 1.5), StepTimes(256, 1, 0.8)]
+    assert 64 < find_threshold(steps, MOST, []) < 256
+
+
 def test_one_mode_may_be_always_faster():
     assert find_threshold([StepTimes(1, 2, 1), StepTimes(4096, 20, 10)], MOST, SIZES) == 0
     assert find_threshold([StepTimes(1, 1, 2), StepTimes(8192, 10, 20)], MOST, SIZES) == MOST

@@ -79,7 +79,8 @@ def _falling(values: Any) -> Any:
     for value in values:
         pools.append([float(value)])
         while len(pools) > 1 and np.mean(pools[-2]) < np.mean(pools[-1]):
-            pools[-2] += pools.pop()
+            violator = pools.pop()
+            pools[-1] += violator
     return np.concatenate([np.full(len(pool), np.mean(pool)) for pool in pools])
 
 
