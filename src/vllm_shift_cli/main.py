@@ -1,0 +1,33 @@
+"""The command line: ``vllm-shift COMMAND``."""
+
+import argparse
+from collections.abc import Sequence
+
+from vllm_shift_cli import plan
+from vllm_shift_cli.errors import CommandError
+
+# Each of these adds its subcommands. They import what they need when they run, so that --help needs nothing.
+_COMMANDS = (plan.add_parsers,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after ``vllm-shift``; by default those of this process.
+
+    Returns:
+        The exit status of the command; 2 for input that it cannot use.
+    """
+    parser = argparse.ArgumentParser(prog="vllm-shift", description="Tools around servers with Shift Parallelism.")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add_parsers in _COMMANDS:
+        add_parsers(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except CommandError as error:
+        parser.exit(2, f"vllm-shift: {error}\n")
+    except ModuleNotFoundError as error:
+        parser.exit(2, f"vllm-shift: {error.name} is not installed; try: pip install 'vllm-shift[{args.extra}]'\n")
+    return status
