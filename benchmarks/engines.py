@@ -18,8 +18,8 @@ SHAPES = {
 }  # fmt: skip
 
 
-def write_config(sizes: dict[str, int], folder: Path) -> Path:
-    """Write the config of a Llama of these sizes, without weights; returns its folder."""
+def write_config(sizes: dict[str, int], folder: Path, tokenizer: bool = False) -> Path:
+    """Write the config of a Llama of these sizes, without weights, maybe a tokenizer; returns its folder."""
     from transformers import LlamaConfig
 
     path = folder / "model"
@@ -27,14 +27,30 @@ def write_config(sizes: dict[str, int], folder: Path) -> Path:
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = "bfloat16"
     config.save_pretrained(path)
+    if tokenizer:
+        _write_tokenizer(sizes["vocab_size"], path)
     return path
+
+
+def _write_tokenizer(words: int, path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(path)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that choose an engine: ``--tp``, ``--sp``, ``--threshold``, ``--engine-args``."""
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
     parser.add_argument("--sp", type=int, default=1, help="Ulysses sequence parallel size; 1 is stock vLLM")
-    parser.add_argument("--threshold", type=int, default=None, help="shift at this threshold; left out: plain Ulysses")
+    parser.add_argument(
+        "--threshold",
+        type=lambda text: text if text == "auto" else int(text),
+        default=None,
+        help="shift at this threshold, a number or 'auto'; left out: plain Ulysses",
+    )
     parser.add_argument("--engine-args", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
 
 

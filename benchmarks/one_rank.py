@@ -3,7 +3,8 @@
 **One rank without communication**: collectives are local copies of the same size. Three engines run one after the
 other. ``stock TP=P`` and ``stock TP=T`` are stock vLLM on a model with 1/P and 1/T of the heads, intermediate size and
 vocabulary; ``shift`` is one rank of SP=S x TP=T. A step of N tokens in SP mode is compared with stock TP=T on N/S
-tokens. N tokens are S prompts of N/S tokens each, so that both do the same attention.
+tokens. N tokens are S prompts of N/S tokens each, so that both do the same attention. The ratio is that of the time
+in kernels, stand-ins for collectives left out; a step takes longer where launching or the caller is the bottleneck.
 
 Example: python benchmarks/one_rank.py --shape 8b --sp 2 --out one_rank.json
 """
@@ -23,6 +24,9 @@ from typing import Any
 from engines import SHAPES, write_config
 
 ENGINES = ("stock TP=P", "stock TP=T", "shift")
+
+# Names of the kernels that stand in for collectives.
+STAND_INS = ("memcpy", "Memcpy", "CatArrayBatchedCopy")
 
 
 def shard(shape: str, ranks: int) -> dict[str, int]:
@@ -71,7 +75,7 @@ def timings(llm: Any) -> list[tuple[int, float, float]]:
 
 
 def time_prefill(llm: Any, prompts: int, tokens: int, repeats: int) -> float:
-    """Median ms of a step that prefills ``tokens`` tokens in ``prompts`` prompts; short ones are repeated more often."""
+    """Median ms of a step that prefills ``tokens`` tokens in ``prompts`` prompts; short ones more often."""
     repeats = max(repeats, min(50, repeats * 4096 // tokens))
     generate(llm, prompts, tokens // prompts, 1)
     timings(llm)
@@ -95,25 +99,27 @@ def time_shift(llm: Any, small: int, large: int, repeats: int) -> dict[str, floa
     """Median ms of a step right after one of the other mode, less that of a step after one of its own."""
     added = {}
     for name, own, other in (("to SP", large, small), ("to TP", small, large)):
-        after = {}
-        for before in (own, other):
-            steps = []
-            for _ in range(repeats):
+        after: dict[int, list[float]] = {own: [], other: []}
+        for _ in range(repeats):
+            for before in (own, other):  # in turns, because a machine's speed drifts
                 generate(llm, 1, before, 1)
                 timings(llm)
                 generate(llm, 1, own, 1)
-                steps += [on_gpu for count, on_gpu, _ in timings(llm) if count == own]
-            after[before] = statistics.median(steps)
-        added[name] = after[other] - after[own]
+                after[before] += [on_gpu for count, on_gpu, _ in timings(llm) if count == own]
+        added[name] = statistics.median(after[other]) - statistics.median(after[own])
     return added
 
 
-def trace(llm: Any, prompts: int, tokens: int, output_tokens: int) -> list[tuple[str, int, float]]:
+def kernel_times(llm: Any, prompts: int, tokens: int, output_tokens: int) -> dict[str, Any]:
+    """GPU time by kernel, ms a step: of a prefill, or of decoding where there is more than one output token."""
     rpc = llm.llm_engine.collective_rpc
     generate(llm, prompts, tokens // prompts, output_tokens)
     rpc("start_trace")
     generate(llm, prompts, tokens // prompts, output_tokens)
-    return rpc("stop_trace")[0]
+    kernels = [(name, ms / output_tokens) for name, _, ms in rpc("stop_trace")[0]]
+    copies = sum(ms for name, ms in kernels if any(part in name for part in STAND_INS))
+    largest = sorted(kernels, key=lambda kernel: -kernel[1])[:16]
+    return {"ms": sum(ms for _, ms in kernels) - copies, "stand_ins_ms": copies, "largest": largest}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,19 +128,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         llm = start_engine(args, Path(folder))
-    result: dict[str, Any] = {"start_s": time.perf_counter() - begin}
-    tokens_of_step = {tokens: (args.sp, tokens) for tokens in args.prefill}
-    if args.engine == "stock TP=T":
-        tokens_of_step = {tokens: (1, tokens // args.sp) for tokens in args.prefill}
-    result["prefill_ms"] = {
-        tokens: time_prefill(llm, prompts, in_step, args.repeats)
-        for tokens, (prompts, in_step) in tokens_of_step.items()
-    }
-    if args.engine != "stock TP=T":
-        result["decode_ms"] = {batch: time_decode(llm, batch, args.repeats) for batch in args.decode}
+    result: dict[str, Any] = {"start_s": time.perf_counter() - begin, "step_ms": {}, "kernels": {}}
+    for tokens in args.prefill:
+        step = (1, tokens // args.sp) if args.engine == "stock TP=T" else (args.sp, tokens)
+        result["step_ms"][f"prefill {tokens}"] = time_prefill(llm, *step, args.repeats)
+        result["kernels"][f"prefill {tokens}"] = kernel_times(llm, *step, 1)
+    for batch in args.decode if args.engine != "stock TP=T" else ():
+        result["step_ms"][f"decode {batch}"] = time_decode(llm, batch, args.repeats)
+        # Prompts of one token, so that the prefill is like a decode step.
+        result["kernels"][f"decode {batch}"] = kernel_times(llm, batch, batch, 64)
     if args.engine == "shift":
         result["shift_ms"] = time_shift(llm, args.threshold // 2, 2 * args.threshold, 5 * args.repeats)
-    result["trace"] = {f"prefill {tokens}": trace(llm, *tokens_of_step[tokens], 1) for tokens in args.trace}
     return result | llm.llm_engine.collective_rpc(lambda worker: worker.facts)[0]
 
 
@@ -158,25 +162,29 @@ def run_child(args: argparse.Namespace, engine: str, folder: Path) -> dict[str, 
 def table(args: argparse.Namespace, results: dict[str, Any]) -> str:
     """Ratios as Markdown."""
     stock_p, stock_t, shift = (results[engine] for engine in ENGINES)
-    rows = [
-        ("decode " + batch, ours, stock_p["decode_ms"][batch], "TP=P") for batch, ours in shift["decode_ms"].items()
+    lines = [
+        "| step | stock is | step, ms: stock | shift | kernels, ms: stock | shift | ratio | stand-ins, ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for tokens, ours in shift["prefill_ms"].items():
-        other = (stock_t, "TP=T on N/S") if int(tokens) > args.threshold else (stock_p, "TP=P")
-        rows.append((f"prefill {tokens}", ours, other[0]["prefill_ms"][tokens], other[1]))
-    lines = ["| step | one rank, ms | stock, ms | stock is | ratio |", "| --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {name} | {ours:.3f} | {stock:.3f} | {what} | {ours / stock:.3f} |" for name, ours, stock, what in rows
-    ]
+    for name, ours in shift["kernels"].items():
+        kind, tokens = name.split()
+        in_sp = kind == "prefill" and int(tokens) > args.threshold
+        stock = stock_t if in_sp else stock_p
+        theirs = stock["kernels"][name]["ms"]
+        lines.append(
+            f"| {name} | {'TP=T on N/S' if in_sp else 'TP=P'} | {stock['step_ms'][name]:.2f} "
+            f"| {shift['step_ms'][name]:.2f} | {theirs:.2f} | {ours['ms']:.2f} | {ours['ms'] / theirs:.3f} "
+            f"| {ours['stand_ins_ms']:.2f} |"
+        )
 
     def graphs(result: dict[str, Any]) -> str:
-        return f"{result['graph_bytes'] / 2**30:.2f} ({result['graph_bytes_profiled'] / 2**30:.2f})"
+        return f"{result['graph_bytes'] / 2**30:.2f}"
 
     lines += [
         "",
         f"weights / weights of TP=T: {shift['weight_bytes'] / stock_t['weight_bytes']:.3f}",
         f"start, s: {shift['start_s']:.1f}, stock TP=P {stock_p['start_s']:.1f}",
-        f"CUDA graphs, GiB (profiled before): {graphs(shift)}, stock TP=P {graphs(stock_p)}",
+        f"CUDA graphs, GiB: {graphs(shift)}, stock TP=P {graphs(stock_p)}",
         f"added by a change of mode, ms: {shift['shift_ms']}",
     ]
     return "\n".join(lines)
@@ -193,7 +201,6 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=8192, help="max_num_batched_tokens")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--same-graphs", action="store_true", help="give stock vLLM the CUDA graph sizes of shift, too")
-    parser.add_argument("--trace", type=int, nargs="*", default=[], help="profile the kernels of these prefills")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--logs", type=Path, default=None, help="folder for the engines' logs")

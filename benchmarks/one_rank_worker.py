@@ -33,7 +33,6 @@ class MeasuredWorker(Worker):
 
         self.model_runner.capture_model = measured_capture
         times = super().compile_or_warm_up_model()
-        self.facts["graph_bytes_profiled"] = getattr(self, "cudagraph_memory_estimate", 0)
         self.events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         return times
 

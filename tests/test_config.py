@@ -32,7 +32,7 @@ def test_largest_tp_step(enabled, threshold, most):
         ({"enable_shift_parallel": 1}, "true or false, got 1"),
         (
             {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True, "shift_parallel_threshold": -1},
-            "shift_parallel_threshold must be a whole number of at least 0, got -1",
+            "shift_parallel_threshold must be a whole number of at least 0, or 'auto', got -1",
         ),
         (
             {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True, "shift_parallel_threshold": 1.5},

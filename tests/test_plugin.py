@@ -110,7 +110,7 @@ BAD = [
     ({"ulysses_sequence_parallel_size": 3}, r"SP x TP = 3 ranks .*attention heads 8.*that work: \[2, 4, 8\]"),
     ({"ulysses_sequence_parallel_size": 16}, r"SP x TP = 16 ranks"),
     ({"enable_shift_parallel": True, "ulysses_sequence_parallel_size": 1}, "set --ulysses-sequence-parallel-size to 2"),
-    ({"shift_parallel_threshold": -5}, "at least 0, got -5"),
+    ({"shift_parallel_threshold": -5}, "at least 0, or 'auto', got -5"),
     ({"shift_parallel_threshold": "many"}, "got 'many'"),
     ({"pipeline_parallel_size": 2}, r"pipeline parallelism \(2\)"),
     ({"data_parallel_size": 2}, r"data parallelism \(2\)"),

@@ -11,6 +11,9 @@ CONFIG_KEY = "shift_parallel"
 
 DEFAULT_THRESHOLD = 256
 
+# In place of a number of tokens: the engine measures it at start-up.
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class ShiftConfig:
@@ -20,7 +23,7 @@ class ShiftConfig:
         tensor_parallel_size: TP degree of SP mode, T.
         ulysses_sequence_parallel_size: SP degree of SP mode, S. The engine has S * T ranks.
         enable_shift_parallel: choose the mode step by step; otherwise every step runs in SP mode.
-        shift_parallel_threshold: largest number of tokens of a step that runs in TP mode.
+        shift_parallel_threshold: largest number of tokens of a step that runs in TP mode, or ``"auto"``.
 
     Raises:
         ValueError: a value is of the wrong type or outside its range.
@@ -29,13 +32,18 @@ class ShiftConfig:
     tensor_parallel_size: int = 1
     ulysses_sequence_parallel_size: int = 1
     enable_shift_parallel: bool = False
-    shift_parallel_threshold: int = DEFAULT_THRESHOLD
+    shift_parallel_threshold: int | str = DEFAULT_THRESHOLD
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "ulysses_sequence_parallel_size", "shift_parallel_threshold"):
-            value, least = getattr(self, name), 0 if name == "shift_parallel_threshold" else 1
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        for name in ("tensor_parallel_size", "ulysses_sequence_parallel_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        threshold = self.shift_parallel_threshold
+        if threshold != AUTO and (type(threshold) is not int or threshold < 0):
+            raise ValueError(
+                f"shift_parallel_threshold must be a whole number of at least 0, or 'auto', got {threshold!r}"
+            )
         if type(self.enable_shift_parallel) is not bool:
             raise ValueError(f"enable_shift_parallel must be true or false, got {self.enable_shift_parallel!r}")
         if self.enable_shift_parallel and self.ulysses_sequence_parallel_size == 1:
@@ -90,8 +98,20 @@ class ShiftConfig:
 
     @property
     def max_tp_tokens(self) -> int:
-        """Largest number of tokens of a step that runs in TP mode; 0 without shifting (steps have 1 token or more)."""
-        return self.shift_parallel_threshold if self.enable_shift_parallel else 0
+        """Largest number of tokens of a step that runs in TP mode; 0 without shifting (steps have 1 token or more).
+
+        With ``"auto"``, the default until the engine has measured.
+        """
+        if not self.enable_shift_parallel:
+            return 0
+        if isinstance(self.shift_parallel_threshold, str):
+            return DEFAULT_THRESHOLD
+        return self.shift_parallel_threshold
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the engine measures its threshold."""
+        return self.shift_parallel_threshold == AUTO
 
     def dims(self, rank: int) -> ParallelDims:
         """The place of ``rank`` in the engine."""

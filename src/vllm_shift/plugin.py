@@ -11,7 +11,7 @@ from typing import Any
 import vllm
 from vllm.logger import init_logger
 
-from vllm_shift.config import CONFIG_KEY, DEFAULT_THRESHOLD
+from vllm_shift.config import AUTO, CONFIG_KEY, DEFAULT_THRESHOLD
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -24,7 +24,7 @@ class ShiftArgs:
 
     ulysses_sequence_parallel_size: int = 1
     enable_shift_parallel: bool = False
-    shift_parallel_threshold: int = DEFAULT_THRESHOLD
+    shift_parallel_threshold: int | str = DEFAULT_THRESHOLD
 
 
 def register() -> None:
@@ -71,6 +71,14 @@ def _add_fields(cls: type) -> None:
         cls.__dataclass_fields__[field.name] = field  # type: ignore[attr-defined]
 
 
+def _threshold(text: str) -> int | str:
+    """The value of ``--shift-parallel-threshold``: a number or ``auto``."""
+    return text if text == AUTO else int(text)
+
+
+_threshold.__name__ = "number of tokens, or 'auto'"  # as argparse's message names it
+
+
 def _add_flags(engine_args: Any) -> None:
     stock_add_cli_args = engine_args.add_cli_args
 
@@ -97,9 +105,10 @@ def _add_flags(engine_args: Any) -> None:
         )
         group.add_argument(
             "--shift-parallel-threshold",
-            type=int,
+            type=_threshold,
             default=ShiftArgs.shift_parallel_threshold,
-            help="Largest number of tokens in a step that still runs with tensor parallelism over all GPUs.",
+            help="Largest number of tokens in a step that still runs with tensor parallelism over all GPUs, "
+            "or 'auto' to measure it at start-up.",
         )
         return parser
 

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.limits import ENGINE_LIMITS, MODEL_LIMITS, check, check_model_shape
+from vllm_shift.metrics import publish
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -61,7 +62,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     vllm_config = stock_create(stock_args, *args, **kwargs)
     check(ENGINE_LIMITS, vllm_config)
     most = vllm_config.scheduler_config.max_num_batched_tokens
-    if config.max_tp_tokens >= most:
+    if not config.is_auto and config.max_tp_tokens >= most:
         logger.warning(
             "SP mode will never run: the threshold of %d tokens is not below max_num_batched_tokens, %d.",
             config.max_tp_tokens,
@@ -69,6 +70,8 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
         )
     _use_shift_worker(vllm_config.parallel_config)
     _set_graph_sizes(vllm_config, config, _chose_graph_sizes(engine_args))
+    if not engine_args.disable_log_stats:
+        publish(vllm_config)
     return vllm_config
 
 
@@ -137,7 +140,7 @@ def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[in
 
     Args:
         stock: vLLM's sizes, ascending; empty when it captures none.
-        max_tp_tokens: the threshold.
+        max_tp_tokens: the threshold; 0 for none to add.
         extend_to: largest size to add, 8192 at most; they lie 64 to 512 tokens apart.
     """
     if not stock:
@@ -154,7 +157,8 @@ def _set_graph_sizes(vllm_config: Any, config: ShiftConfig, chosen_by_user: bool
     compilation = vllm_config.compilation_config
     stock = compilation.cudagraph_capture_sizes
     most = min(vllm_config.scheduler_config.max_num_batched_tokens, GRAPH_TOKENS_PER_RANK * config.world_size)
-    sizes = graph_sizes(stock, config.max_tp_tokens, 0 if chosen_by_user else most)
+    # A threshold that is measured later becomes one of the sizes.
+    sizes = graph_sizes(stock, 0 if config.is_auto else config.max_tp_tokens, 0 if chosen_by_user else most)
     if sizes != stock:
         compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, sizes[-1]
         logger.info("CUDA graph sizes gain %s for Shift Parallelism.", sorted(set(sizes) - set(stock)))

@@ -10,11 +10,14 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.layers import slotted_layers
+from vllm_shift.metrics import open_counts
 from vllm_shift.slots import Slots
 from vllm_shift.stats import StepCounter
 from vllm_shift.switch import ModeSwitch
+from vllm_shift.timing import ClockMark, CudaMark
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -25,7 +28,7 @@ class ShiftWorkerMixin(WorkerBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # What shutdown closes is here, because init_device may fail and shutdown comes nevertheless.
-        self.shift_counter = StepCounter(log=self.rank == 0)
+        self.shift_counter = self._step_counter()
         self._shift_groups: list[GroupCoordinator] = []
 
     def init_device(self) -> None:
@@ -37,6 +40,12 @@ class ShiftWorkerMixin(WorkerBase):
         tp_group = _new_group(dims.tp_groups, "ulysses_rows") if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
         self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
+
+    def _step_counter(self) -> StepCounter:
+        counts = open_counts(self.vllm_config) if self.rank == 0 else None
+        if counts is None:
+            return StepCounter(mark=None)
+        return StepCounter(counts, CudaMark if current_platform.is_cuda() else ClockMark, log=True)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """As the stock worker, with our layers in the model."""
@@ -50,24 +59,51 @@ class ShiftWorkerMixin(WorkerBase):
         if self.rank == 0:
             logger.info("%s", _describe(self.shift_config, model))
 
+    def determine_available_memory(self) -> int:
+        """As the stock worker, whose profile is of the largest step, in SP mode; the largest in TP mode counts, too."""
+        stock_profile_run = self.model_runner.profile_run
+
+        def profile_both_modes() -> None:
+            stock_profile_run()
+            # As the stock profile of each model runner: there are no KV caches yet.
+            without_attention = {"skip_attn": True} if self.use_v2_model_runner else {}
+            self._run_largest_tp_step(is_profile=True, **without_attention)
+
+        self.model_runner.profile_run = profile_both_modes
+        try:
+            available: int = super().determine_available_memory()
+        finally:
+            del self.model_runner.profile_run
+        return available
+
+    def _run_largest_tp_step(self, **kwargs: Any) -> None:
+        most: int = self.scheduler_config.max_num_batched_tokens
+        num_tokens = most if self.shift_config.is_auto else min(self.switch.max_tp_tokens, most)
+        if not num_tokens:
+            return
+        self.switch.max_tp_tokens, threshold = num_tokens, self.switch.max_tp_tokens
+        self.model_runner._dummy_run(num_tokens, cudagraph_runtime_mode=CUDAGraphMode.NONE, **kwargs)
+        self.switch.max_tp_tokens = threshold
+
     def compile_or_warm_up_model(self) -> Any:
-        """As the stock worker; then counts from zero. Compiles TP mode, which a memory profile in SP mode has not."""
-        if self.switch.max_tp_tokens:
-            num_tokens = min(self.switch.max_tp_tokens, self.scheduler_config.max_num_batched_tokens)
-            self.model_runner._dummy_run(num_tokens, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+        """As the stock worker, with TP mode compiled and the threshold found before; then counts from zero."""
+        self._run_largest_tp_step()
+        if self.shift_config.is_auto:
+            self.switch.max_tp_tokens = calibrate(self.model_runner, self.switch, self.vllm_config)
         times = super().compile_or_warm_up_model()
-        self.shift_counter.reset()
+        self.shift_counter.start(self.switch.max_tp_tokens)
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """As the stock worker; the step is counted under its mode."""
+        """As the stock worker; the step is counted and timed under its mode."""
         num_tokens = scheduler_output.total_num_scheduled_tokens
-        if num_tokens:
-            self.shift_counter.count(self.switch.is_sp_step(num_tokens), num_tokens)
-        return super().execute_model(scheduler_output)
+        if not num_tokens:
+            return super().execute_model(scheduler_output)
+        with self.shift_counter.step(self.switch.is_sp_step(num_tokens), num_tokens):
+            return super().execute_model(scheduler_output)
 
     def shift_stats(self) -> dict[str, int]:
-        """Steps and tokens per mode since start-up, for ``collective_rpc("shift_stats")``."""
+        """Steps and tokens per mode, and mode changes, since start-up, for ``collective_rpc("shift_stats")``."""
         return self.shift_counter.totals()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -106,7 +142,7 @@ def weight_bytes(model: nn.Module) -> int:
 def _describe(config: ShiftConfig, model: nn.Module) -> str:
     sp, tp = config.ulysses_sequence_parallel_size, config.tensor_parallel_size
     if config.enable_shift_parallel:
-        limit = config.shift_parallel_threshold
+        limit = "a measured number of" if config.is_auto else config.shift_parallel_threshold
         modes = f"steps of up to {limit} tokens run in TP={config.world_size}, larger ones in SP={sp} x TP={tp}"
     else:
         modes = f"every step runs in SP={sp} x TP={tp}"

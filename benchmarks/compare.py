@@ -1,0 +1,306 @@
+"""Servers with the same GPUs, one after the other, under the same traffic: stock vLLM, vllm-shift and Arctic Inference.
+
+Every contender is a server of its own; every workload is a trace, sent as ``vllm-shift replay`` does. Results are kept
+in a folder, one file a contender and workload, so a second run of the same command does only what is missing, and what
+failed. Then a table (Markdown), a plot and a summary (JSON) are made of everything in the folder.
+
+Example: python benchmarks/compare.py --shape 8b --folder compare-8b
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engines import SHAPES, write_config
+
+from vllm_shift_cli.replay.generate import bursty, generate
+from vllm_shift_cli.replay.report import latencies, make_report
+from vllm_shift_cli.replay.run import Options, replay
+from vllm_shift_cli.replay.trace import TraceRequest
+
+PORT = 8123
+URL = f"http://127.0.0.1:{PORT}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server to start: its flags, and the environment that goes with them."""
+
+    flags: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def contenders(gpus: int) -> dict[str, Contender]:
+    """What is compared on ``gpus`` GPUs."""
+    stock, ours = {"VLLM_PLUGINS": ""}, {"VLLM_PLUGINS": "shift_parallel"}
+    arctic = {"VLLM_PLUGINS": "arctic_inference", "ARCTIC_INFERENCE_ENABLED": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    ulysses = ("--ulysses-sequence-parallel-size", str(gpus))
+    shift = (*ulysses, "--enable-shift-parallel", "--shift-parallel-threshold")
+    return {
+        "stock TP": Contender(("--tensor-parallel-size", str(gpus)), stock),
+        "stock DP": Contender(("--data-parallel-size", str(gpus)), stock),
+        "shift 256": Contender((*shift, "256"), ours),
+        "shift auto": Contender((*shift, "auto"), ours),
+        "ulysses": Contender(ulysses, ours),
+        "arctic": Contender((*shift, "256"), arctic),
+    }
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the table.
+
+    Attributes:
+        name: of the row.
+        workload: whose report it is read from.
+        read: from a report, in ``unit``.
+        unit: of the number.
+        higher_is_better: whether it is a rate.
+    """
+
+    name: str
+    workload: str
+    read: Callable[[dict[str, Any]], float]
+    unit: str
+    higher_is_better: bool = False
+
+
+def workloads(scale: float) -> dict[str, list[TraceRequest]]:
+    """Traces by name; ``scale`` below 1 makes prompts, answers and numbers of requests smaller, to try it."""
+
+    def size(count: int) -> int:
+        return max(1, round(count * scale))
+
+    def one_by_one(prompt: int, gap_s: float) -> list[TraceRequest]:
+        return [TraceRequest(number * gap_s, size(prompt), size(64)) for number in range(5)]
+
+    def at_once(count: int, prompt: int, output: int) -> list[TraceRequest]:
+        return [TraceRequest(0.0, size(prompt), size(output))] * count
+
+    bursts = generate(bursty(1, 10, 30, 6), 10, 90, (size(256), size(4096)), (size(32), size(256)), seed=0)
+    return {
+        "one 1k": one_by_one(1000, 3),
+        "one 8k": one_by_one(8000, 5),
+        "one 32k": one_by_one(32000, 12),
+        "batch 1": at_once(1, 128, 256),
+        "batch 16": at_once(16, 128, 256),
+        "batch 64": at_once(64, 128, 256),
+        "2k/128": at_once(size(400), 2000, 128),
+        "8k/64": at_once(size(100), 8000, 64),
+        "bursts": bursts,
+    }
+
+
+def _latency(name: str, percent: str) -> Callable[[dict[str, Any]], float]:
+    return lambda report: 1e3 * report["summary"]["latencies"][name][percent]
+
+
+def _median_but_first(name: str) -> Callable[[dict[str, Any]], float]:
+    # The first request of a shape may compile something.
+    return lambda report: 1e3 * statistics.median(latencies(report, name)[1:])
+
+
+def _tokens_per_s(report: dict[str, Any]) -> float:
+    return float(report["summary"]["prompt_tokens_per_s"] + report["summary"]["output_tokens_per_s"])
+
+
+FIGURES = (
+    *(
+        Figure(f"{what}, {size} prompt", f"one {size}", _median_but_first(key), "ms")
+        for size in ("1k", "8k", "32k")
+        for what, key in (("TTFT", "ttft"), ("completion", "completion"))
+    ),
+    *(Figure(f"TPOT, batch {batch}", f"batch {batch}", _latency("tpot", "p50"), "ms") for batch in (1, 16, 64)),
+    *(Figure(f"throughput {load}", load, _tokens_per_s, "tokens/s", True) for load in ("2k/128", "8k/64")),
+    *(
+        Figure(f"{what} {percent}, bursts", "bursts", _latency(key, percent), "ms")
+        for what, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("completion", "completion"))
+        for percent in ("p50", "p99")
+    ),
+    Figure("KV cache", "server", lambda server: server["kv_tokens"], "tokens", True),
+    Figure("start-up", "server", lambda server: server["start_s"], "s"),
+)
+
+
+class Server:
+    """A contender that runs; a context manager.
+
+    Raises:
+        RuntimeError: it did not come up; holds the end of its log.
+    """
+
+    def __init__(self, contender: Contender, model: Path, flags: list[str], log: Path, patience_s: float) -> None:
+        self._command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(PORT),
+            "--load-format", "dummy", "--no-enable-prefix-caching", *contender.flags, *flags,
+        ]  # fmt: skip
+        self._env, self._log, self._patience_s = os.environ | contender.env, log, patience_s
+
+    def __enter__(self) -> dict[str, Any]:
+        begin = time.monotonic()
+        with open(self._log, "w") as log:
+            self._process = subprocess.Popen(
+                self._command, env=self._env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            while not self._is_healthy():
+                if self._process.poll() is not None or time.monotonic() - begin > self._patience_s:
+                    raise RuntimeError(f"the server did not start; {self._log} ends:\n{self._log.read_text()[-2000:]}")
+                time.sleep(0.5)
+        except BaseException:
+            self.__exit__()
+            raise
+        # With data parallelism each replica says its own.
+        found = re.findall(r"KV cache size: ([\d,]+) tokens", self._log.read_text())
+        kv_tokens = sum(int(count.replace(",", "")) for count in found)
+        return {"start_s": time.monotonic() - begin, "kv_tokens": kv_tokens, "command": self._command[1:]}
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            # Whatever is left of it holds GPU memory that the next contender needs.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    @staticmethod
+    def _is_healthy() -> bool:
+        try:
+            with urllib.request.urlopen(f"{URL}/health", timeout=2) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+def run_workload(trace: list[TraceRequest], seed: int) -> dict[str, Any]:
+    """The report of a replay, after a first one of the same shape to warm up.
+
+    Raises:
+        RuntimeError: a request failed.
+    """
+    for attempt, requests in enumerate((trace[:4], trace)):
+        result = asyncio.run(replay(requests, Options(URL, seed=seed + attempt, timeout=900)))
+        report = make_report(result, len(requests), {})
+        if result.failed:
+            raise RuntimeError(f"{result.failed} requests failed: {report['summary']['failures']}")
+    return report
+
+
+def run_contender(args: argparse.Namespace, name: str, contender: Contender, model: Path) -> None:
+    """Run what is missing of a contender's workloads."""
+    folder = args.folder / name.replace(" ", "-")
+    folder.mkdir(exist_ok=True)
+    traces = {key: trace for key, trace in workloads(args.scale).items() if not args.only or key in args.only}
+    files = {key: folder / f"{key.replace(' ', '-').replace('/', '-')}.json" for key in traces}
+    missing = [key for key in traces if not files[key].exists()]
+    if not missing and (folder / "server.json").exists():
+        return
+    failed = folder / "failed.txt"
+    failed.unlink(missing_ok=True)
+    print(f"{name}: {', '.join(missing)}", flush=True)
+    try:
+        with Server(contender, model, args.server_flags, folder / "server.log", args.patience) as facts:
+            (folder / "server.json").write_text(json.dumps(facts))
+            for key in missing:
+                files[key].write_text(json.dumps(run_workload(traces[key], seed=100 * len(key))))
+                print(f"{name}: {key} done", flush=True)
+    except RuntimeError as error:
+        failed.write_text(str(error))
+        print(f"{name} failed, see {failed}", flush=True)
+
+
+def collect(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
+    """All figures that there are: by row, then by contender."""
+    found: dict[str, dict[str, float]] = {}
+    for figure in FIGURES:
+        for name in names:
+            path = folder / name.replace(" ", "-") / f"{figure.workload.replace(' ', '-').replace('/', '-')}.json"
+            if path.exists():
+                found.setdefault(figure.name, {})[name] = figure.read(json.loads(path.read_text()))
+    return found
+
+
+def relative(figure: Figure, value: float, values: dict[str, float]) -> float:
+    """How much of the best contender's result this one reaches; 1 for the best."""
+    return value / max(values.values()) if figure.higher_is_better else min(values.values()) / value
+
+
+def table(found: dict[str, dict[str, float]], names: list[str]) -> str:
+    """All figures as Markdown; in brackets the share of the best contender's result."""
+    lines = [f"| | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
+    for figure in FIGURES:
+        values = found.get(figure.name, {})
+        cells = [
+            f"{values[name]:,.4g} ({relative(figure, values[name], values):.2f})" if name in values else ""
+            for name in names
+        ]
+        lines.append(f"| {figure.name}, {figure.unit} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, dict[str, float]], names: list[str], path: Path) -> None:
+    """Shares of the best contender's result, a row a figure."""
+    from matplotlib.figure import Figure as Canvas
+
+    rows = [figure for figure in FIGURES if figure.name in found]
+    canvas = Canvas(figsize=(9, 0.32 * len(rows) + 1.6), layout="constrained")
+    axes = canvas.subplots()
+    axes.axvline(1, color="0.6", linewidth=1)
+    for name, marker in zip(names, "os^DvPX*", strict=False):
+        points = [
+            (relative(figure, found[figure.name][name], found[figure.name]), row)
+            for row, figure in enumerate(rows)
+            if name in found[figure.name]
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, markersize=6, label=name, alpha=0.8)
+    axes.set_yticks(range(len(rows)), [figure.name for figure in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="y", color="0.9")
+    axes.set_xlabel("share of the best contender's result (right is better)")
+    axes.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.4, 1.0), frameon=False, columnspacing=1)
+    canvas.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="8b", choices=SHAPES)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--folder", type=Path, required=True, help="of the results")
+    parser.add_argument("--contenders", nargs="*", help="only these")
+    parser.add_argument("--only", nargs="*", help="only these workloads")
+    parser.add_argument("--scale", type=float, default=1.0, help="below 1: smaller workloads, to try it")
+    parser.add_argument("--patience", type=float, default=600, help="seconds that a server may take to start")
+    parser.add_argument("server_flags", nargs="*", help="more flags for every server, after --")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    chosen = {name: each for name, each in contenders(args.gpus).items() if name in (args.contenders or (name,))}
+    model = write_config(SHAPES[args.shape], args.folder, tokenizer=True)
+    for name, contender in chosen.items():
+        run_contender(args, name, contender, model)
+    found = collect(args.folder, list(chosen))
+    (args.folder / "figures.json").write_text(json.dumps(found, indent=1))
+    (args.folder / "table.md").write_text(text := table(found, list(chosen)) + "\n")
+    plot(found, list(chosen), args.folder / "plot.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Two points of a step and the time between them, found without waiting for the device."""
+
+import time
+from typing import Any, Protocol
+
+import torch
+
+
+class Mark(Protocol):
+    """A point in the work of a rank, made where it lies."""
+
+    def seconds_since(self, start: Any) -> float | None:
+        """Seconds from an earlier mark of the same kind to this one; None while the device has not come so far."""
+
+
+class ClockMark:
+    """Where the process is: right for the CPU backend, whose steps run in the process itself."""
+
+    def __init__(self) -> None:
+        self._now = time.perf_counter()
+
+    def seconds_since(self, start: "ClockMark") -> float:
+        """Known at once."""
+        return self._now - start._now
+
+
+class CudaMark:
+    """Where the GPU is: a CUDA event on the current stream.
+
+    With asynchronous scheduling a step starts in the process while the GPU is still busy with the one before, so that a
+    clock read in the process would charge a step's time to another one, of the other mode perhaps.
+    """
+
+    def __init__(self) -> None:
+        self._event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def seconds_since(self, start: "CudaMark") -> float | None:
+        """Known once the GPU has passed this mark; asks, and does not wait."""
+        return start._event.elapsed_time(self._event) / 1000 if self._event.query() else None

@@ -1,0 +1,168 @@
+"""The pictures of a report and of a comparison."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vllm_shift_cli.replay.report import LATENCIES, Report, in_flight, latencies, throughput
+
+# Blue and orange of a palette that colour-blind readers can tell apart (Okabe and Ito).
+TP, SP, GREY, RED = "#0072B2", "#E69F00", "#666666", "#D55E00"
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+}
+
+
+def plot_report(report: Report, path: Path) -> None:
+    """Traffic, throughput and latency over time, and the server's mode under them, as PNG."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            4, 1, figsize=(11, 10.5), sharex=True, height_ratios=[1, 1.2, 1.4, 1], layout="constrained"
+        )
+        figure.suptitle(_title(report), x=0.01, ha="left", fontsize=13, fontweight="bold")
+        _requests(axes[0], report)
+        _throughput(axes[1], report)
+        _latency(axes[2], report)
+        _mode(axes[3], report)
+        axes[3].set_xlabel("Time since the first request [s]")
+        axes[3].set_xlim(0, report["seconds"])
+        _save(figure, path)
+
+
+def plot_comparison(reports: dict[str, Report], path: Path) -> None:
+    """Latency distributions and throughput of several reports in one PNG."""
+    with mpl.rc_context(_STYLE):
+        rows = 3 + len(reports)
+        figure = plt.figure(figsize=(12, 7.2 + 0.75 * len(reports)), layout="constrained")
+        grid = figure.add_gridspec(rows, 3, height_ratios=[3.2, 0.25, 2.4, *[0.9] * len(reports)])
+        for column, (name, title) in enumerate(LATENCIES.items()):
+            axes = figure.add_subplot(grid[0, column])
+            for color, (label, report) in zip(_colors(reports), reports.items(), strict=True):
+                values = np.sort(latencies(report, name)) * 1000
+                axes.step(values, np.arange(1, len(values) + 1) / max(len(values), 1) * 100, color=color, label=label)
+            axes.set_title(title)
+            axes.set_xscale("log")
+            axes.set_xlabel("ms (logarithmic)")
+            axes.set_ylim(0, 101)
+            if not column:
+                axes.set_ylabel("Share of answers within [%]")
+        handles, labels = axes.get_legend_handles_labels()
+        legend = figure.add_subplot(grid[1, :])
+        legend.axis("off")
+        legend.legend(handles, labels, loc="center", ncols=4)
+        longest = max(report["seconds"] for report in reports.values())
+        axes = figure.add_subplot(grid[2, :])
+        for color, report in zip(_colors(reports), reports.values(), strict=True):
+            bins = throughput(report)
+            axes.stairs(bins["output"], bins["edges"], color=color, linewidth=1.5)
+        axes.set_title("Output throughput")
+        axes.set_ylabel("tokens / s")
+        axes.set_xlim(0, longest)
+        axes.set_ylim(bottom=0)
+        for number, (label, report) in enumerate(reports.items()):
+            axes = figure.add_subplot(grid[3 + number, :])
+            _mode(axes, report, title=f"Steps by mode: {label}")
+            axes.set_xlim(0, longest)
+        axes.set_xlabel("Time since the first request [s]")
+        _save(figure, path)
+
+
+def _title(report: Report) -> str:
+    settings, summary = report["settings"], report["summary"]
+    title = (
+        f"{settings['trace']} on {report['settings']['model']}: {summary['completed']} of {report['planned']} answered"
+    )
+    return title + (" (interrupted)" if report["interrupted"] else "")
+
+
+def _requests(axes: Axes, report: Report) -> None:
+    bins = throughput(report)
+    axes.stairs(bins["sent"], bins["edges"], fill=True, color=GREY, alpha=0.35, label="sent [requests / s]")
+    times, count = in_flight(report)
+    axes.step(times, count, where="post", color="black", linewidth=1.2, label="in flight [requests]")
+    axes.set_title("Requests")
+    axes.set_ylabel("requests (/ s)")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+
+
+def _throughput(axes: Axes, report: Report) -> None:
+    bins = throughput(report)
+    axes.stairs(bins["prompt"], bins["edges"], color="#CC79A7", linewidth=1.5, label="prompt")
+    axes.stairs(bins["output"], bins["edges"], color="#009E73", linewidth=1.8, label="output")
+    axes.set_title("Throughput of complete answers")
+    axes.set_ylabel("tokens / s")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+
+
+def _latency(axes: Axes, report: Report) -> None:
+    done = [request for request in report["requests"] if request["error"] is None]
+    sent = [request["sent"] for request in done]
+    size = float(np.clip(3000 / max(len(done), 1), 4, 30))
+    for name, color, marker in (("completion", GREY, "s"), ("ttft", TP, "o")):
+        values = latencies(report, name) * 1000
+        axes.scatter(sent, values, s=size, color=color, marker=marker, alpha=0.7, linewidths=0,
+                     label=LATENCIES[name], rasterized=True)  # fmt: skip
+    failed = [request["sent"] for request in report["requests"] if request["error"] is not None]
+    if failed:
+        axes.scatter(failed, [0.03] * len(failed), marker="x", color=RED, label="failed", zorder=3,
+                     transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.set_title("Latency of each request, at the time it was sent")
+    axes.set_ylabel("ms (logarithmic)")
+    if done:
+        axes.set_yscale("log")
+    _legend(axes)
+
+
+def _mode(axes: Axes, report: Report, title: str = "Steps by mode") -> None:
+    samples: list[dict[str, Any]] = report["mode_samples"]
+    axes.set_title(title)
+    axes.set_ylabel("share [%]")
+    axes.set_ylim(0, 100)
+    axes.set_yticks([0, 50, 100])
+    if len(samples) < 2:
+        reason = next(iter(report["mode_problems"]), "no samples")
+        axes.text(0.5, 0.5, f"not known: {reason}", ha="center", va="center", transform=axes.transAxes, color=GREY,
+                  wrap=True)  # fmt: skip
+        return
+    times = np.array([sample["time"] for sample in samples])
+    steps = np.array([[sample["tp_steps"], sample["sp_steps"]] for sample in samples])
+    taken = np.diff(steps, axis=0)
+    share = np.divide(taken * 100, taken.sum(1, keepdims=True), where=taken.sum(1, keepdims=True) > 0,
+                      out=np.zeros(taken.shape))  # fmt: skip
+    threshold = samples[-1]["threshold"]
+    axes.stairs(share[:, 0], times, fill=True, color=TP, label=f"TP mode (steps of up to {threshold} tokens)")
+    axes.stairs(share.sum(1), times, baseline=share[:, 0], fill=True, color=SP, label="SP mode (larger steps)")
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=4, fontsize=9, borderaxespad=0)
+
+
+def _colors(reports: dict[str, Report]) -> list[str]:
+    return [SERIES[number % len(SERIES)] for number in range(len(reports))]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

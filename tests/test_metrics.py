@@ -1,0 +1,221 @@
+"""What is counted of the steps, and how it reaches /metrics; a fake device says how long steps take."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm.v1.metrics.reader import get_metrics_snapshot
+
+from vllm_shift import metrics, stats
+from vllm_shift.stats import BUCKETS, StepCounter
+from vllm_shift.timing import ClockMark
+
+
+class Device:
+    """A device that runs behind the process: a mark is passed once ``time`` has come to it."""
+
+    def __init__(self, lag: float = 0.0) -> None:
+        self.enqueued = self.passed = 0.0
+        self.lag = lag
+
+    def run(self, seconds: float) -> None:
+        self.enqueued += seconds
+        self.passed = max(self.passed, self.enqueued - self.lag)
+
+    def mark(self) -> SimpleNamespace:
+        at = self.enqueued
+        return SimpleNamespace(at=at, seconds_since=lambda start: at - start.at if at <= self.passed else None)
+
+
+def samples(collector) -> dict[tuple, float]:
+    """What a scraper reads: name, mode and bucket -> value."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return {
+        (sample.name, *(sample.labels[name] for name in ("mode", "le") if name in sample.labels)): sample.value
+        for family in text_string_to_metric_families(generate_latest(registry).decode())
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+def engine():
+    """A config as far as the metrics read it, under a name that no other engine has."""
+    return SimpleNamespace(
+        instance_id=f"test-{time.time_ns()}", model_config=SimpleNamespace(served_model_name="a model")
+    )
+
+
+@pytest.fixture(autouse=True)
+def clean_registry():
+    yield
+    if metrics._collector is not None:
+        REGISTRY.unregister(metrics._collector)
+        metrics._collector = None
+
+
+def take_steps(counter: StepCounter, device: Device, steps: list[tuple[bool, int, float]]) -> None:
+    for in_sp, num_tokens, seconds in steps:
+        with counter.step(in_sp, num_tokens):
+            device.run(seconds)
+
+
+# SP mode or not, tokens, seconds; sums of powers of two are exact.
+STEPS = [(False, 1, 0.25), (False, 2, 0.5), (True, 100, 2.0), (True, 90, 20.0), (False, 3, 0.5078125)]
+
+
+def test_steps_tokens_and_mode_changes():
+    counter, device = StepCounter(), Device()
+    counter.start(32)
+    take_steps(counter, device, STEPS)
+    assert counter.totals() == {
+        "tp_steps": 3, "tp_tokens": 6, "sp_steps": 2, "sp_tokens": 190, "mode_changes": 2,
+    }  # fmt: skip
+    counter.start(16)
+    assert set(counter.totals().values()) == {0}
+    take_steps(counter, device, [(True, 20, 0.1)])
+    assert counter.totals()["mode_changes"] == 0  # the first step has no step before it
+
+
+def test_from_the_worker_to_the_endpoint(engine):
+    metrics.publish(engine)
+    device = Device()
+    counter = StepCounter(metrics.open_counts(engine), device.mark)
+    counter.start(32)
+    take_steps(counter, device, STEPS)
+    found = samples(metrics._collector)
+    assert found["vllm:shift_threshold_tokens",] == 32
+    assert found["vllm:shift_mode_changes_total",] == 2
+    for name, value in counter.totals().items():
+        mode, _, what = name.partition("_")
+        if mode in stats.MODES:
+            assert found[f"vllm:shift_{what}_total", mode] == value
+    # A step of exactly 0.5 s is one of at most 0.5 s; 20 s are above the largest bound.
+    bucket = "vllm:shift_step_time_seconds_bucket"
+    assert [found[bucket, "tp", bound] for bound in ("0.15", "0.25", "0.5", "1.0", "+Inf")] == [0, 1, 2, 3, 3]
+    assert [found[bucket, "sp", bound] for bound in ("1.0", "2.5", "10.0", "+Inf")] == [0, 1, 1, 2]
+    assert found["vllm:shift_step_time_seconds_sum", "tp"] == 1.2578125
+    assert found["vllm:shift_step_time_seconds_count", "sp"] == 2
+    assert list(BUCKETS) == sorted(set(BUCKETS))
+
+
+def test_a_threshold_found_at_start_up_is_the_one_shown(engine):
+    metrics.publish(engine)
+    counter = StepCounter(metrics.open_counts(engine))
+    counter.start(256)
+    counter.start(777)
+    assert samples(metrics._collector)["vllm:shift_threshold_tokens",] == 777
+
+
+def test_a_device_that_lags_is_not_waited_for_and_times_keep_their_mode(engine):
+    metrics.publish(engine)
+    device = Device(lag=1.5)
+    counter = StepCounter(metrics.open_counts(engine), device.mark)
+    counts = ("vllm:shift_step_time_seconds_count", "tp"), ("vllm:shift_step_time_seconds_count", "sp")
+    for number in range(8):
+        take_steps(counter, device, [(number % 2 == 1, 5, 1.0 + number % 2)])
+        timed = sum(samples(metrics._collector)[key] for key in counts)
+        assert timed in (number - 1, number)
+    device.lag = 0.0
+    take_steps(counter, device, [(False, 5, 1.0)])
+    found = samples(metrics._collector)
+    expected = {"tp": 5 * 1.0, "sp": 4 * 2.0}
+    for mode, seconds in expected.items():
+        assert found["vllm:shift_step_time_seconds_sum", mode] == pytest.approx(seconds)
+
+
+def test_the_clock_of_the_cpu_backend():
+    start = ClockMark()
+    time.sleep(0.01)
+    assert 0.01 <= ClockMark().seconds_since(start) < 5
+
+
+def test_a_failed_step_is_counted_and_not_timed(engine):
+    metrics.publish(engine)
+    counter = StepCounter(metrics.open_counts(engine))
+    with pytest.raises(RuntimeError), counter.step(True, 9):
+        raise RuntimeError("out of memory")
+    found = samples(metrics._collector)
+    assert found["vllm:shift_steps_total", "sp"] == 1
+    assert found["vllm:shift_step_time_seconds_count", "sp"] == 0
+
+
+def test_a_second_engine_in_one_process_takes_the_place_of_the_first(engine):
+    metrics.publish(engine)
+    StepCounter(metrics.open_counts(engine)).start(1)
+    second = SimpleNamespace(**vars(engine) | {"instance_id": engine.instance_id + "-2"})
+    metrics.publish(second)
+    unregister_vllm_metrics()  # as vLLM's own logger does for every engine
+    counter = StepCounter(metrics.open_counts(second))
+    counter.start(2)
+    shown = [metric for metric in get_metrics_snapshot() if metric.name.startswith("vllm:shift")]
+    (threshold,) = [metric.value for metric in shown if metric.name == "vllm:shift_threshold_tokens"]
+    assert threshold == 2
+    assert {metric.labels["model_name"] for metric in shown} == {"a model"}
+
+
+def test_no_file_is_left(engine):
+    metrics.publish(engine)
+    metrics.open_counts(engine)
+    assert not metrics._path(engine).exists()
+    never_starts = SimpleNamespace(**vars(engine) | {"instance_id": engine.instance_id + "-2"})
+    metrics.publish(never_starts)
+    path = metrics._path(never_starts)
+    assert path.exists()
+    REGISTRY.unregister(metrics._collector)
+    metrics._collector = None
+    assert not path.exists()
+
+
+def test_without_log_stats_nothing_is_published(engine):
+    assert metrics.open_counts(engine) is None
+
+
+def test_a_worker_on_another_host_is_named(engine, caplog_vllm):
+    metrics.publish(engine)
+    assert samples(metrics._collector) == {}
+    assert "the worker of rank 0 is not on this host" in caplog_vllm.text
+
+
+def test_a_registry_that_cannot_show_the_metrics_is_named(engine, monkeypatch, caplog_vllm):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", os.curdir)
+    metrics.publish(engine)
+    assert "will not have the metrics of Shift Parallelism" in caplog_vllm.text
+
+
+def test_the_line_has_what_is_new_since_the_last(caplog_vllm):
+    device = Device()
+    counter = StepCounter(mark=device.mark)
+    counter.start(32)
+    take_steps(counter, device, STEPS)
+    counter._write()
+    take_steps(counter, device, [(False, 7, 0.25)])
+    counter._write()
+    assert caplog_vllm.messages[-2:] == [
+        "Shift Parallelism: TP mode 3 steps (6 tokens, 419.3 ms each), SP mode 2 steps (190 tokens, 11000.0 ms each), "
+        "2 mode changes; threshold 32 tokens; since start TP 3, SP 2 steps.",
+        "Shift Parallelism: TP mode 1 steps (7 tokens, 250.0 ms each), SP mode 0 steps (0 tokens), "
+        "0 mode changes; threshold 32 tokens; since start TP 4, SP 2 steps.",
+    ]
+
+
+def test_the_line_comes_only_while_steps_run(monkeypatch, caplog_vllm):
+    started = []
+    monkeypatch.setattr(stats, "Timer", lambda seconds, write: started.append(write) or SimpleNamespace(
+        start=lambda: None, cancel=lambda: None, daemon=False))  # fmt: skip
+    counter = StepCounter(log=True)
+    take_steps(counter, Device(), STEPS)
+    assert len(started) == 1
+    started[0]()
+    assert len(started) == 1
+    take_steps(counter, Device(), STEPS)
+    assert len(started) == 2
+    counter.close()
+    take_steps(counter, Device(), STEPS)
+    started[1]()
+    take_steps(counter, Device(), STEPS)
+    assert len(started) == 2

@@ -1,0 +1,119 @@
+"""The threshold that finds itself: the policy on given step times, and the cache of step times."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold
+
+MOST = 8192
+SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 2049, 64)]
+
+
+def times(crossing: float, noise: float = 0.0, tokens: list[int] | None = None) -> list[StepTimes]:
+    """Times of an engine whose modes are equally fast at ``crossing`` tokens."""
+    generator = random.Random(0)
+
+    def ms(fixed: float, per_token: float, count: int) -> float:
+        return (fixed + per_token * count) * (1 + generator.uniform(-noise, noise))
+
+    return [
+        StepTimes(count, ms(4, 0.012, count), ms(4 + 0.004 * crossing, 0.008, count))
+        for count in tokens or candidates(MOST)
+    ]
+
+
+def test_candidates_span_all_steps():
+    assert candidates(8192) == [1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+    assert candidates(300) == [1, 16, 32, 64, 128, 256, 300]
+    assert candidates(1) == [1]
+    assert candidates(16) == [1, 16]
+
+
+@pytest.mark.parametrize("crossing", [100, 256, 700, 1500, 3000])
+def test_the_crossing_is_found(crossing):
+    found = find_threshold(times(crossing), MOST, [])
+    assert crossing / 1.3 < found < crossing * 1.3
+
+
+@pytest.mark.parametrize("crossing", [100, 256, 700, 1500])
+def test_up_to_the_last_graph_size_the_threshold_is_a_size(crossing):
+    found = find_threshold(times(crossing), MOST, SIZES)
+    assert found in SIZES
+    assert crossing / 1.4 < found < crossing * 1.3
+
+
+def test_above_the_graph_sizes_it_is_any_number():
+    assert find_threshold(times(5000), MOST, SIZES) > SIZES[-1]
+
+
+@pytest.mark.parametrize("crossing", [256, 1500])
+def test_noise_costs_little(crossing):
+    noisy, exact = times(crossing, noise=0.03), {step.tokens: step for step in times(crossing)}
+    found = find_threshold(noisy, MOST, SIZES)
+    for count, step in exact.items():
+        chosen = step.tp_ms if count <= found else step.sp_ms
+        assert chosen <= 1.06 * min(step.tp_ms, step.sp_ms)
+
+
+def test_one_outlier_does_not_split_the_range():
+    steps = times(1500)
+    steps[4] = StepTimes(steps[4].tokens, 2 * steps[4].tp_ms, steps[4].sp_ms)
+    assert find_threshold(steps, MOST, SIZES) > 500
+
+
+def test_one_mode_may_be_always_faster():
+    assert find_threshold([StepTimes(1, 2, 1), StepTimes(4096, 20, 10)], MOST, SIZES) == 0
+    assert find_threshold([StepTimes(1, 1, 2), StepTimes(8192, 10, 20)], MOST, SIZES) == MOST
+    assert find_threshold([StepTimes(1, 1, 2)], 1, []) == 1
+
+
+def test_trials_end_when_sp_mode_has_won_twice():
+    won, lost = StepTimes(8, 10, 9), StepTimes(8, 10, 9.8)
+    assert decided([lost, won, won])
+    assert not decided([won, lost])
+    assert not decided([won])
+    assert not decided([])
+
+
+@pytest.fixture
+def vllm_config(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+
+    def build(config_hash: str = "a") -> SimpleNamespace:
+        return SimpleNamespace(
+            compute_hash=lambda: config_hash,
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=MOST),
+            compilation_config=SimpleNamespace(cudagraph_mode=0, max_cudagraph_capture_size=512),
+        )
+
+    return build
+
+
+def test_the_cache_gives_back_what_an_equal_engine_measured(vllm_config):
+    steps = times(300)
+    assert TimesCache(vllm_config()).load() is None
+    TimesCache(vllm_config()).save(steps)
+    assert TimesCache(vllm_config()).load() == steps
+    assert TimesCache(vllm_config("b")).load() is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 1, "times": []}', '{"key"', "null"])
+def test_a_broken_cache_is_measured_again(vllm_config, tmp_path, content, caplog_vllm):
+    cache = TimesCache(vllm_config())
+    cache.save(times(300))
+    (path,) = tmp_path.rglob("*.json")
+    key = json.loads(path.read_text())["key"]
+    path.write_text(content)
+    assert cache.load() is None
+    path.write_text(json.dumps({"key": key, "times": [{"tokens": 1}]}))
+    assert cache.load() is None
+    assert "cannot be read" in caplog_vllm.text
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(vllm_config, tmp_path, caplog_vllm):
+    (tmp_path / "shift_parallel").write_text("a file where the folder should be")
+    TimesCache(vllm_config()).save(times(300))
+    assert "cannot be kept" in caplog_vllm.text
