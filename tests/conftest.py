@@ -14,6 +14,21 @@ os.environ |= {
 import logging
 
 import pytest
+from rank_group import Group
+
+
+@pytest.fixture(scope="session")
+def groups(tmp_path_factory):
+    """Results of all engines of a number of ranks, made once."""
+    made: dict[tuple[int, bool], Group] = {}
+
+    def group(world: int, nightly: bool = False) -> Group:
+        key = world, nightly
+        if key not in made:
+            made[key] = Group(world, nightly, tmp_path_factory.mktemp(f"ranks{world}"))
+        return made[key]
+
+    return group
 
 
 @pytest.fixture

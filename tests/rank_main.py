@@ -6,12 +6,15 @@ vLLM costs far more than an engine of a tiny model, so the tests of tokens and K
 
 import gc
 import json
+import logging
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from mutations import mutation
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor import custom_op
@@ -21,7 +24,8 @@ import vllm_shift  # noqa: F401  (adds the flags to LLM)
 
 def kv_caches(worker: Any) -> list[torch.Tensor]:
     """The KV cache of each layer, without block 0, which vLLM keeps as a null block."""
-    return [cache[1:] for cache in worker.model_runner.kv_caches]
+    caches = worker.model_runner.kv_caches
+    return [part[1:] for cache in caches for part in (cache if isinstance(cache, list) else [cache])]
 
 
 def zero_kv_caches(worker: Any) -> None:
@@ -72,7 +76,7 @@ def generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[dict[s
 
 def run_engine(job: dict[str, Any], engine: dict[str, Any], stock_caches: list[Any]) -> list[dict[str, Any]]:
     """One run per threshold; a threshold of null means stock vLLM, whose KV caches are kept in ``stock_caches``."""
-    llm = LLM(**job["common"], **engine["args"])
+    llm = LLM(**(job["common"] | engine["args"]))
     rpc = llm.llm_engine.collective_rpc
     runs = []
     for number, threshold in enumerate(engine["thresholds"]):
@@ -105,12 +109,40 @@ def run_engine(job: dict[str, Any], engine: dict[str, Any], stock_caches: list[A
     return runs
 
 
+def start_only(job: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
+    """Start an engine, with a bug in it where the job names one; what it says, or the KV caches it leaves."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("vllm.vllm_shift")
+    logger.addHandler(handler)
+    try:
+        with mutation(engine["mutation"]) if "mutation" in engine else nullcontext():
+            llm = LLM(**(job["common"] | engine["args"]))
+        rpc = llm.llm_engine.collective_rpc
+        result = {
+            "written": [int(cache.count_nonzero()) for cache in rpc(kv_caches)[0]],
+            "stats": rpc("shift_stats")[0],
+        }
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+    except RuntimeError as error:
+        result = {"refused": str(error)}
+    logger.removeHandler(handler)
+    cleanup_dist_env_and_memory()
+    gc.collect()
+    return result | {"lines": lines}
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     port = int(os.environ["MASTER_PORT"])
     results: dict[str, Any] = {}
     for number, engine in enumerate(job["engines"]):
         os.environ["MASTER_PORT"] = str(port + number)
+        if "thresholds" not in engine:
+            results[engine["name"]] = start_only(job, engine)
+            continue
         if None in engine["thresholds"]:
             stock_caches: list[Any] = []
         results[engine["name"]] = run_engine(job, engine, stock_caches)

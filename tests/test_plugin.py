@@ -6,8 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import support_table
 import tiny
 import vllm
+from rank_group import CASES
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor import custom_op
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -90,6 +92,7 @@ def test_the_flags_become_a_stock_config_of_all_ranks(llama):
         "ulysses_sequence_parallel_size": 2,
         "enable_shift_parallel": True,
         "shift_parallel_threshold": 99,
+        "self_check": True,
     }
     assert not custom_op.op_registry_oot
 
@@ -160,8 +163,8 @@ def test_more_ranks_than_gpus_is_refused(monkeypatch):
 def everything_unsupported(name):
     """A config whose every attribute asks for something; ``name`` says for which table."""
     model = SimpleNamespace(
-        is_multimodal_model=True, is_encoder_decoder=True, runner_type="pooling", is_moe=True, use_mla=True,
-        is_hybrid=True, is_attention_free=True, quantization="fp8", model_impl="terratorch", enable_prompt_embeds=True,
+        is_multimodal_model=True, is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
+        using_transformers_backend=lambda: True, quantization="fp8", model_impl="terratorch", enable_prompt_embeds=True,
         enable_sleep_mode=True, architecture="FalconForCausalLM",
     )  # fmt: skip
     sizes = ("pipeline", "data", "prefill_context", "decode_context")
@@ -181,7 +184,9 @@ def everything_unsupported(name):
 
 
 @pytest.mark.parametrize(
-    ("table", "name"), [(limits.MODEL_LIMITS, "model"), (limits.ENGINE_LIMITS, "engine")], ids=["model", "engine"]
+    ("table", "name"),
+    [(limits.MODEL_LIMITS, "model"), (limits.UNCHECKED_LIMITS, "model"), (limits.ENGINE_LIMITS, "engine")],
+    ids=["model", "unchecked", "engine"],
 )
 def test_every_row_of_the_table_refuses(table, name, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
@@ -194,10 +199,14 @@ def test_every_row_of_the_table_refuses(table, name, monkeypatch):
 
 def test_readme_repeats_the_table():
     section = README.split("## Limits")[1].split("\n## ")[0]
-    for limit in (*limits.MODEL_LIMITS, *limits.ENGINE_LIMITS):
+    for limit in (*limits.MODEL_LIMITS, *limits.UNCHECKED_LIMITS, *limits.ENGINE_LIMITS):
         assert limit.name in section
-    for architecture in limits.ARCHITECTURES:
-        assert architecture in README
+
+
+def test_readme_has_the_support_table_of_the_tests():
+    assert support_table.replaced(README) == README
+    tested = {support_table.architecture(case.name) for case in CASES}
+    assert tested == set(limits.ARCHITECTURES)
 
 
 def test_versions_agree():

@@ -63,9 +63,9 @@ def test_the_azure_format(tmp_path):
 
 def test_the_mooncake_format(tmp_path):
     path = written(tmp_path, '{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47]}\n'
-                             '{"timestamp": 30535, "input_length": 647, "output_length": 26, "hash_ids": []}')  # fmt: skip
+                             '{"timestamp": 30535, "input_length": 7, "output_length": 6, "hash_ids": []}')  # fmt: skip
     assert read_trace(path) == (
-        "mooncake", [TraceRequest(27.482, 6955, 52, (46, 47)), TraceRequest(30.535, 647, 26)]
+        "mooncake", [TraceRequest(27.482, 6955, 52, (46, 47)), TraceRequest(30.535, 7, 6)]
     )  # fmt: skip
 
 

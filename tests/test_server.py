@@ -1,11 +1,14 @@
 """A real server over HTTP, started by each of vLLM's two launch commands."""
 
 import asyncio
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +17,10 @@ import httpx
 import openai
 import pytest
 import tiny
+from prometheus_client.parser import text_string_to_metric_families
 from vllm.utils.network_utils import get_open_port
+
+from vllm_shift_cli.main import main as vllm_shift_command
 
 pytestmark = pytest.mark.engine
 
@@ -62,6 +68,16 @@ class Server:
         response = httpx.post(f"{self.url}/collective_rpc", json={"method": "shift_stats"}).json()
         assert all(result == response["results"][0] for result in response["results"])
         return response["results"][0]
+
+    def metrics(self) -> Counter[tuple[str, ...]]:
+        """Samples of /metrics, by name and mode, each summed over its other labels."""
+        found: Counter[tuple[str, ...]] = Counter()
+        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
+            for sample in family.samples:
+                found[sample.name, *(sample.labels[label] for label in ("mode",) if label in sample.labels)] += (
+                    sample.value
+                )
+        return found
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -127,12 +143,75 @@ def test_the_start_up_line_and_the_stats_line(server):
     log = server.log.read_text()
     assert "Shift Parallelism on 2 ranks: steps of up to 32 tokens run in TP=2, larger ones in SP=2 x TP=1" in log
     assert "GiB a rank" in log
-    assert "SP mode 1 steps (100 tokens)" in log
+    assert re.search(r"SP mode 1 steps \(100 tokens, \d+\.\d ms each\), \d mode changes; threshold 32 tokens", log)
 
 
-def test_health_and_metrics(server):
+def test_health(server):
     assert httpx.get(f"{server.url}/health").status_code == 200
-    assert "vllm:num_requests_running" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_metrics_equal_the_counts_of_the_workers(server):
+    before = server.metrics()
+    with both_modes_run(server):
+        counted = server.stats()
+        for length in (90, 20, 70):
+            server.client().completions.create(**REQUEST | {"prompt": tokens(length, start=length)})
+        stats, after = server.stats(), server.metrics()
+    for mode in ("tp", "sp"):
+        for what in ("steps", "tokens"):
+            assert after[f"vllm:shift_{what}_total", mode] == stats[f"{mode}_{what}"]
+        times = "vllm:shift_step_time_seconds"
+        assert after[f"{times}_count", mode] == stats[f"{mode}_steps"]
+        assert after[f"{times}_sum", mode] > before[f"{times}_sum", mode]
+    assert after["vllm:shift_mode_changes_total",] == stats["mode_changes"]
+    # Above the threshold and below it, three times; the 20 tokens never leave TP mode.
+    assert stats["mode_changes"] - counted["mode_changes"] in (3, 4)
+    assert after["vllm:shift_threshold_tokens",] == THRESHOLD
+    # Every token of a prompt is scheduled, and every token of an answer but the last.
+    new = {name: stats[name] - counted[name] for name in stats}
+    assert new["tp_tokens"] + new["sp_tokens"] == 90 + 20 + 70 + 3 * (REQUEST["max_tokens"] - 1)
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(server):
+    server.client().completions.create(**REQUEST)
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+    found = {sample.name: set(sample.labels) for family in families for sample in family.samples}
+    dashboard = json.loads((Path(__file__).parents[1] / "dashboards" / "vllm-shift.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    queries += [item["definition"] for item in dashboard["templating"]["list"] if item["type"] == "query"]
+    asked = {name for query in queries for name in re.findall(r"vllm:\w+", query)}
+    assert asked <= set(found)
+    assert {name for name in found if name.startswith("vllm:shift")} - asked <= {
+        "vllm:shift_step_time_seconds_count", "vllm:shift_step_time_seconds_sum",
+    }  # fmt: skip
+    for query in queries:
+        for name, labels in re.findall(r"(vllm:\w+)\{([^}]*)\}", query):
+            assert set(re.findall(r"(\w+)=", labels)) <= found[name]
+
+
+def test_a_replay_equals_what_the_server_counted(server, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    traffic = ["--rate", "8", "--duration", "3", "--prompt-tokens", "4-100", "--output-tokens", "1-12"]
+    assert vllm_shift_command(["trace", "steady", str(trace), *traffic]) == 0
+    requests = [json.loads(line) for line in trace.read_text().splitlines()]
+    prompts, outputs = (sum(request[f"{name}_tokens"] for request in requests) for name in ("prompt", "output"))
+    before = server.metrics()
+    with both_modes_run(server):
+        words = ["replay", str(trace), "--url", server.url, "--output", str(tmp_path / "report"), "--interval", "0.2"]
+        assert vllm_shift_command(words) == 0
+    after = server.metrics()
+    new = {key: after[key] - before[key] for key in after if key in before}
+    summary = json.loads((tmp_path / "report.json").read_text())["summary"]
+    assert (summary["completed"], summary["failed"], summary["other_length"]) == (len(requests), 0, 0)
+    assert (summary["prompt_tokens"], summary["output_tokens"]) == (prompts, outputs)
+    assert new["vllm:request_success_total",] == len(requests)
+    assert new["vllm:prompt_tokens_total",] == prompts
+    assert new["vllm:generation_tokens_total",] == outputs
+    scheduled = sum(new["vllm:shift_tokens_total", mode] for mode in ("tp", "sp"))
+    assert scheduled == prompts + outputs - len(requests)
+    for mode in ("tp", "sp"):
+        for what in ("steps", "tokens"):
+            assert summary["modes"][f"{mode}_{what}"] == new[f"vllm:shift_{what}_total", mode]
 
 
 def test_streaming_equals_not_streaming(server):
@@ -195,8 +274,8 @@ def test_bad_requests_leave_the_server_alive(server):
 def test_plain_ulysses_by_the_other_command_with_a_compiled_model(server, model, tmp_path):
     """The same answers from the other launch command, SP in every step, and vLLM's default of compiling the model."""
     expected = server.client().completions.create(**REQUEST).choices[0].text
-    other = Server("api_server", model, tmp_path / "log", ["--ulysses-sequence-parallel-size", "2"],
-                   {"TORCHDYNAMO_DISABLE": "0"})  # fmt: skip
+    flags = ["--ulysses-sequence-parallel-size", "2", "--disable-log-stats"]
+    other = Server("api_server", model, tmp_path / "log", flags, {"TORCHDYNAMO_DISABLE": "0"})
     try:
         other.wait_until_ready(300)
         client = other.client()
@@ -204,5 +283,9 @@ def test_plain_ulysses_by_the_other_command_with_a_compiled_model(server, model,
         stats = other.stats()
         assert stats["tp_steps"] == 0
         assert stats["sp_steps"] >= 12
+        # vLLM's own variable makes a line due after a second.
+        time.sleep(2)
+        assert "mode changes; threshold" not in other.log.read_text()
+        assert not [name for name, *_ in other.metrics() if name.startswith("vllm:")]
     finally:
         other.stop()

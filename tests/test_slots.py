@@ -52,6 +52,21 @@ def test_one_copy(dim):
     assert layer.weight.data.movedim(dim, 0).is_contiguous()
 
 
+def test_a_model_may_add_dimensions_before_loading():
+    dims = ParallelDims(2, 1, 1)
+    layer = Layer((3, 4), 0, 1)
+    slots = Slots(layer.weight, 0, dims, layer.impersonate)
+    layer.weight.data = layer.weight.data.unsqueeze(1)  # as convolutions do
+    whole = torch.arange(24.0).view(6, 1, 4)
+    layer.weight.weight_loader(layer.weight, whole)
+    assert torch.equal(layer.weight.data, whole[3:])
+    assert torch.equal(slots.whole, whole.view(6, 4))
+    slots.release()
+    assert torch.equal(layer.weight.data, whole[3:])
+    assert layer.weight.untyped_storage().nbytes() == whole[3:].nbytes
+    assert layer.weight.weight_loader == layer.load
+
+
 def test_dummy_weights_repeat_the_own_slot():
     dims = ParallelDims(3, 1, 1)
     layer = Layer((2, 5), 0, 1)

@@ -3,121 +3,36 @@
 Prompts of 1 to 200 tokens run with chunks of 128, prefix caching, and P both below and above the 2 KV heads.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
 import transformers
+from rank_group import CASES, NEVER, thresholds_of
 
 pytestmark = pytest.mark.engine
 
-LAYOUTS = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}
-NEVER = 10**9
-THRESHOLDS = [0, 64, NEVER]
 TOLERANCE = 1e-3
 
 
-def free_ports(count: int) -> int:
-    """The first of ``count`` free ports in a row, below those that the system hands out to connections."""
-    for first in range(10_000 + os.getpid() % 1000, 30_000, count):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise OSError("no free ports")
-
-
-def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int | None]:
-    """Exit codes of all processes, or of those that ended when the first failed or the time was up."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process in processes]
-        if None not in codes or any(codes):
-            break
-        time.sleep(0.5)
-    return codes
-
-
-class Group:
-    """Results of all engines of P ranks: by engine name, for every rank."""
-
-    def __init__(self, world: int, folder: Path) -> None:
-        engines = []
-        for name in tiny.CONFIGS:
-            model = {"model": str(tiny.make_checkpoint(name, folder))}
-            stock = model | {"tensor_parallel_size": world}
-            engines.append({"name": f"{name}-stock", "args": stock, "thresholds": [None] * len(THRESHOLDS)})
-            for sp, tp in LAYOUTS[world]:
-                shift = model | {"tensor_parallel_size": tp, "ulysses_sequence_parallel_size": sp}
-                shift |= {"enable_shift_parallel": True}
-                engines.append({"name": f"{name}-{sp}x{tp}", "args": shift, "thresholds": THRESHOLDS})
-        common = {
-            "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
-            "max_num_batched_tokens": 128, "max_num_seqs": 8, "kv_cache_memory_bytes": 8 << 20, "block_size": 32,
-            "distributed_executor_backend": "external_launcher", "seed": 0,
-        }  # fmt: skip
-        job = {"folder": str(folder), "prompts": tiny.prompts(), "max_tokens": 8, "engines": engines, "common": common}
-        (folder / "job.json").write_text(json.dumps(job))
-        self.folder, self.engines = folder, engines
-        self.results = self._run(world)
-
-    def _run(self, world: int) -> list[dict]:
-        first_port = free_ports(len(self.engines))
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first_port)}
-        command = [sys.executable, str(Path(__file__).with_name("rank_main.py")), str(self.folder / "job.json")]
-        ranks = []
-        for rank in range(world):
-            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-            with open(self.folder / f"log-{rank}", "w") as log:
-                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-        try:
-            codes = wait_for_all(ranks, seconds=840)
-        finally:
-            for process in ranks:
-                process.kill()
-        if any(code != 0 for code in codes):
-            pytest.fail(f"ranks exited with {codes}:\n" + (self.folder / "log-0").read_text()[-5000:])
-        return [json.loads((self.folder / f"results-{rank}.json").read_text()) for rank in range(world)]
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    made: dict[int, Group] = {}
-
-    def group(world: int) -> Group:
-        if world not in made:
-            made[world] = Group(world, tmp_path_factory.mktemp(f"ranks{world}"))
-        return made[world]
-
-    return group
-
-
-CASES = [
-    (name, sp, tp, number)
-    for sp, tp in [(2, 1), (4, 1), (2, 2)]
-    for name in tiny.CONFIGS
-    for number in range(len(THRESHOLDS))
+RUNS = [
+    pytest.param(
+        (case, number),
+        marks=[pytest.mark.nightly] if case.nightly else [],
+        id=f"{case.name}-sp{case.sp}-tp{case.tp}-threshold{threshold}",
+    )
+    for case in CASES
+    for number, threshold in enumerate(thresholds_of(case.name))
 ]
+CORE = [run for run in RUNS if run.values[0][0].name in tiny.CONFIGS]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-sp{case[1]}-tp{case[2]}-threshold{THRESHOLDS[case[3]]}")
+@pytest.fixture(params=RUNS)
 def runs(request, groups):
     """One run of ours on every rank, and the run of stock vLLM that was given the same KV blocks."""
-    name, sp, tp, number = request.param
-    results = groups(sp * tp).results
-    ours = [result[f"{name}-{sp}x{tp}"][number] for result in results]
-    return ours, results[0][f"{name}-stock"][number]
+    case, number = request.param
+    results = groups(case.world, case.nightly).results
+    ours = [result[f"{case.name}-{case.sp}x{case.tp}"][number] for result in results]
+    return ours, results[0][f"{case.name}-stock"][number]
 
 
 def assert_same(found, expected):
@@ -148,9 +63,12 @@ def test_the_threshold_decides_the_mode(runs):
         assert stats["tp_tokens"] <= run["threshold"] * stats["tp_steps"]
 
 
+# The others have layers that run as in TP mode in both modes.
+@pytest.mark.parametrize("runs", CORE, indirect=True)
 def test_one_copy_of_the_weights(runs, groups, request):
     ours, _ = runs
-    name, sp, tp, _ = request.node.callspec.params["runs"]
+    case, _ = request.node.callspec.params["runs"]
+    name, sp, tp = case.name, case.sp, case.tp
     checkpoint = transformers.AutoModelForCausalLM.from_pretrained(groups(sp * tp).folder / name)
     config, bytes_per_value = checkpoint.config, 4
     sharded_once = 512 * config.hidden_size  # vocabulary, padded to a multiple of 64
@@ -167,10 +85,22 @@ def test_one_copy_of_the_weights(runs, groups, request):
         assert matrices <= run["weights"]["bytes"] <= matrices + bytes_per_value * biases_and_norms
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
-@pytest.mark.parametrize("world", [2, 4])
-def test_stock_equals_transformers(groups, name, world):
-    group = groups(world)
+STOCK = [
+    pytest.param(
+        case.name,
+        case.world,
+        case.nightly,
+        marks=[pytest.mark.nightly] if case.nightly else [],
+        id=f"{case.name}-{case.world}",
+    )
+    for case in CASES
+    if case.tp == 1
+]
+
+
+@pytest.mark.parametrize(("name", "world", "nightly"), STOCK)
+def test_stock_equals_transformers(groups, name, world, nightly):
+    group = groups(world, nightly)
     model = transformers.AutoModelForCausalLM.from_pretrained(group.folder / name, dtype=torch.float32).eval()
     for output in group.results[0][f"{name}-stock"][0]["outputs"]:
         prompt, tokens = output["prompt"], output["tokens"]

@@ -30,17 +30,54 @@ CONFIGS = {
     "mistral": (transformers.MistralConfig, {"sliding_window": 48, "tie_word_embeddings": False}),
 }
 
+# Of these, one layout and two thresholds run with `make test`; the other layouts with `make test-nightly`.
+LAYER_TYPES = {"sliding_window": 48, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+MORE_CONFIGS = {
+    "llama3": (transformers.LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
+    "gemma2": (transformers.Gemma2Config, {"query_pre_attn_scalar": 32, "sliding_window": 48}),
+    "gemma3": (transformers.Gemma3TextConfig, {"query_pre_attn_scalar": 32, **LAYER_TYPES}),
+    "phi3": (transformers.Phi3Config, {"tie_word_embeddings": False, "pad_token_id": 0}),
+    "granite": (
+        transformers.GraniteConfig,
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+    ),
+    "glm4": (transformers.Glm4Config, {"partial_rotary_factor": 0.5, "tie_word_embeddings": False, "pad_token_id": 0}),
+    "olmo3": (transformers.Olmo3Config, {"pad_token_id": 0, "num_key_value_heads": 4, **LAYER_TYPES}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256},
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True},
+    ),
+    "llama4": (
+        transformers.Llama4TextConfig,
+        {
+            "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 256, "intermediate_size_mlp": 192,
+            "attention_chunk_size": 64, "interleave_moe_layer_step": 2, "pad_token_id": 0, "no_rope_layers": [1, 0, 1],
+        },
+    ),
+}  # fmt: skip
+
 
 def make_checkpoint(name: str, folder: Path) -> Path:
     """Write a random fp32 checkpoint of the named architecture, biases and norms random, too, and a tokenizer."""
-    config_cls, extra = CONFIGS[name]
-    config = config_cls(**SHAPE, **extra)
+    config_cls, extra = (CONFIGS | MORE_CONFIGS)[name]
+    config = config_cls(**(SHAPE | extra))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias") or "norm" in parameter_name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        if name.startswith("gemma"):
+            # Its embeddings are scaled up and tied to the head: the last token would always come next.
+            model.get_input_embeddings().weight.mul_(0.1)
     path = folder / name
     model.save_pretrained(path)
     words = {f"w{i}": i for i in range(SHAPE["vocab_size"])}

@@ -17,13 +17,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class ShiftConfig:
-    """Settings of one engine; the field names are those of the flags.
+    """Settings of one engine; the field names are those of the flags, where there is one.
 
     Attributes:
         tensor_parallel_size: TP degree of SP mode, T.
         ulysses_sequence_parallel_size: SP degree of SP mode, S. The engine has S * T ranks.
         enable_shift_parallel: choose the mode step by step; otherwise every step runs in SP mode.
         shift_parallel_threshold: largest number of tokens of a step that runs in TP mode, or ``"auto"``.
+        self_check: compare the two modes at start-up. It has no flag.
 
     Raises:
         ValueError: a value is of the wrong type or outside its range.
@@ -33,6 +34,7 @@ class ShiftConfig:
     ulysses_sequence_parallel_size: int = 1
     enable_shift_parallel: bool = False
     shift_parallel_threshold: int | str = DEFAULT_THRESHOLD
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "ulysses_sequence_parallel_size"):
@@ -44,8 +46,9 @@ class ShiftConfig:
             raise ValueError(
                 f"shift_parallel_threshold must be a whole number of at least 0, or 'auto', got {threshold!r}"
             )
-        if type(self.enable_shift_parallel) is not bool:
-            raise ValueError(f"enable_shift_parallel must be true or false, got {self.enable_shift_parallel!r}")
+        for name in ("enable_shift_parallel", "self_check"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.enable_shift_parallel and self.ulysses_sequence_parallel_size == 1:
             raise ValueError(
                 "enable_shift_parallel needs a mode to shift to, but ulysses_sequence_parallel_size is 1; "

@@ -8,7 +8,7 @@ The classes take the place of vLLM's through ``PluggableLayer.register_oot``, wh
 being built and at no other time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,32 @@ class SlottedLinearMethod(UnquantizedLinearMethod):
         layer.cpu_linear = F.linear
 
 
-class _SlottedLinear(LinearBase):
+class Slotted:
+    """What all layers of this module share.
+
+    Attributes:
+        shifts: whether the layer has a second way to run; without it, it runs as in TP mode in both.
+        refusal: why it has none where one is needed.
+    """
+
+    switch: ModeSwitch
+    shifts = True
+    refusal = ""
+
+    def runs_in_sp(self) -> bool:
+        """Whether this call runs the second way."""
+        return self.shifts and self.switch.in_sp
+
+    def stop_shifting(self) -> None:
+        """Run as in TP mode from now on, in memory of that size."""
+        self.shifts = False
+        for name in ("weight_slots", "bias_slots"):
+            if (slots := getattr(self, name, None)) is not None:
+                slots.release()
+                setattr(self, name, None)
+
+
+class _SlottedLinear(Slotted, LinearBase):
     """What the linear layers share: slots, and the plain matrix product on all of them."""
 
     quant_method: Any
@@ -67,8 +92,8 @@ class _SlottedLinear(LinearBase):
         self.switch = _switch
         if type(self.quant_method) is not UnquantizedLinearMethod:
             raise NotImplementedError(f"{self.prefix}: {type(self.quant_method).__name__} has no slots yet")
-        if self.tp_size != self.switch.dims.world:
-            raise NotImplementedError(f"{self.prefix}: a layer without tensor parallelism cannot shift")
+        # A layer without tensor parallelism is the same on every rank, and works on any rows.
+        self.shifts = self.tp_size == self.switch.dims.world
         self.quant_method = SlottedLinearMethod()
 
     def _impersonate(self, shard: int) -> None:
@@ -88,17 +113,16 @@ class _SlottedColumn(_SlottedLinear, ColumnParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not self.shifts:
+            return
         if self.gather_output or (self.skip_bias_add and self.bias is not None):
-            raise NotImplementedError(
-                f"{self.prefix}: gather_output={self.gather_output}, skip_bias_add={self.skip_bias_add} "
-                "is not supported in SP mode"
-            )
+            self.refusal = f"gather_output={self.gather_output}, skip_bias_add={self.skip_bias_add}"
         self.weight_slots = self._slots(self.weight, dim=0)
         self.bias_slots = None if self.bias is None else self._slots(self.bias, dim=0)
 
     def forward(self, input_: torch.Tensor) -> Any:
         """In SP mode: ``input_`` [n, in] gives [n*S, out/P]; else vLLM's own forward."""
-        if not self.switch.in_sp:
+        if not self.runs_in_sp():
             return super().forward(input_)
         bias = None if self.bias_slots is None else self.bias_slots.whole
         out = self._matmul(input_, bias)
@@ -123,16 +147,15 @@ class SlottedRowParallelLinear(_SlottedLinear, RowParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not self.shifts:
+            return
         if not self.input_is_parallel or not self.reduce_results:
-            raise NotImplementedError(
-                f"{self.prefix}: input_is_parallel={self.input_is_parallel}, "
-                f"reduce_results={self.reduce_results} is not supported in SP mode"
-            )
+            self.refusal = f"input_is_parallel={self.input_is_parallel}, reduce_results={self.reduce_results}"
         self.weight_slots = self._slots(self.weight, dim=1)
 
     def forward(self, input_: torch.Tensor) -> Any:
         """In SP mode: ``input_`` [n*S, in/P] gives [n, out], summed over the TP group; else vLLM's own forward."""
-        if not self.switch.in_sp:
+        if not self.runs_in_sp():
             return super().forward(input_)
         bias = self.bias if self.switch.dims.tp_rank == 0 and not self.skip_bias_add else None
         out = self.switch.all_reduce_tp(torch.ops.vllm_shift.folded_linear(input_, self.weight_slots.whole, bias))
@@ -141,7 +164,7 @@ class SlottedRowParallelLinear(_SlottedLinear, RowParallelLinear):
         return out, self.bias if self.skip_bias_add else None
 
 
-class SlottedVocabParallelEmbedding(VocabParallelEmbedding):
+class SlottedVocabParallelEmbedding(Slotted, VocabParallelEmbedding):
     """``VocabParallelEmbedding`` with slots [S*vocab/P, hidden]: a rank looks up its own tokens by itself."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -164,7 +187,7 @@ class SlottedVocabParallelEmbedding(VocabParallelEmbedding):
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         """In SP mode: ``input_`` [n] token ids gives [n, hidden]; else vLLM's own forward."""
-        if not self.switch.in_sp:
+        if not self.runs_in_sp():
             out: torch.Tensor = super().forward(input_)
             return out
         table, dims = self.weight_slots.whole, self.switch.dims
@@ -175,6 +198,24 @@ class SlottedVocabParallelEmbedding(VocabParallelEmbedding):
         elsewhere = (row < 0) | (row >= table.shape[0])
         out = F.embedding(row.masked_fill(elsewhere, 0), table)
         return self.switch.all_reduce_tp(out.masked_fill_(elsewhere.unsqueeze(-1), 0))
+
+
+def stop_shifting(modules: Iterable[nn.Module]) -> None:
+    """Of modules that run as in TP mode in both modes, free the other slots."""
+    for module in modules:
+        if isinstance(module, Slotted) and module.shifts:
+            module.stop_shifting()
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse a model with a layer that would have to shift and cannot.
+
+    Raises:
+        NotImplementedError: names the first such layer and its settings.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Slotted) and module.shifts and module.refusal:
+            raise NotImplementedError(f"{name}: {module.refusal} is not supported in SP mode")
 
 
 _REPLACEMENTS = {

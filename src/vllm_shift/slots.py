@@ -39,7 +39,7 @@ class Slots:
         outer, *inner = param.movedim(dim, 0).shape
         storage = torch.empty(outer * dims.sp, *inner, dtype=param.dtype, device=param.device)
         self.whole = storage.movedim(0, dim)
-        self._stock_loader = param.weight_loader
+        self._param, self._stock_loader = param, param.weight_loader
         param.weight_loader = self._load
         param.data = self[dims.sp_rank]
 
@@ -47,15 +47,21 @@ class Slots:
         return self.whole.narrow(self._dim, slot * self._size, self._size)
 
     def _load(self, param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        shape = param.shape  # a model may have added dimensions of 1 since
         for slot, shard in enumerate(self._dims.slots):
             self._impersonate(shard)
-            param.data = self[slot]
+            param.data = self[slot].view(shape)
             self._stock_loader(param, loaded_weight, *args, **kwargs)
         self._impersonate(self._dims.rank)
-        param.data = self[self._dims.sp_rank]
+        param.data = self[self._dims.sp_rank].view(shape)
 
     def repeat_own(self) -> None:
         """Fill the other slots with this rank's: vLLM's dummy weights are equal on every rank."""
         for slot in range(self._dims.sp):
             if slot != self._dims.sp_rank:
                 self[slot].copy_(self[self._dims.sp_rank])
+
+    def release(self) -> None:
+        """Give the parameter memory of its own, of its TP=P shard alone."""
+        self._param.data = self._param.data.clone()
+        self._param.weight_loader = self._stock_loader

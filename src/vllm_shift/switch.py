@@ -7,16 +7,17 @@ SP mode; on its attention layers, to exchange tokens for heads. In TP mode the h
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_shift.compiled import CompiledTwins
 from vllm_shift.dims import ParallelDims
 from vllm_shift.exchange import heads_to_tokens, register_group, tokens_to_heads
+from vllm_shift.gathered import Gather, gathered_modules
 
 
 class ModeSwitch:
@@ -30,6 +31,7 @@ class ModeSwitch:
 
     Attributes:
         in_sp: whether the step that runs is in SP mode.
+        eager: run the modules as they are, in both modes, instead of what is compiled for them.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class ModeSwitch:
         self.dims, self.max_tp_tokens = dims, max_tp_tokens
         self.sp_group, self._tp_group = sp_group, tp_group
         self._group_name = register_group(sp_group)
-        self.in_sp = False
+        self.in_sp = self.eager = False
 
     def is_sp_step(self, num_tokens: int) -> bool:
         """Whether a step of this many tokens runs in SP mode."""
@@ -58,8 +60,16 @@ class ModeSwitch:
         Raises:
             NotImplementedError: the model has no attention layer to exchange at.
         """
-        layers = [module for module in model.modules() if isinstance(module, Attention)]
-        if not layers:
+        gathered = dict(gathered_modules(model))
+        for module in gathered.values():
+            Gather(self, module)
+        inside = {child for module in gathered.values() for child in module.modules()}
+        layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
+        layers = [layer for layer in layers if layer not in inside]
+        unknown = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, Attention)})
+        if unknown:
+            raise NotImplementedError(f"{type(model).__name__} has layers that SP mode does not know: {unknown}")
+        if not layers and not gathered:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
         self._twins = CompiledTwins(model, vllm_config)
         most = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
@@ -80,10 +90,12 @@ class ModeSwitch:
         ``input_ids`` [N] become [n]; ``positions`` [N] become [n*S], each of this rank's repeated for every slot.
         """
         num_tokens = kwargs["positions"].shape[-1]
+        if self.eager:
+            get_forward_context().skip_compiled = True
         if not self.is_sp_step(num_tokens):
             return None
         self.in_sp, self._num_tokens = True, num_tokens
-        if self._twins:
+        if self._twins and not self.eager:
             self._twins.swap_in()
         else:
             # A compiled model is a trace of TP mode.
@@ -114,15 +126,21 @@ class ModeSwitch:
             return None
         q, k, v = args
         q, k, v = tokens_to_heads(q, k, v, self.dims.sp, self._group_name)
-        if not self._keep_padding:
-            # The CPU backend sizes its work by the rows it is given; CUDA ones by the step, so a trace can keep them.
-            q, k, v = (x[: self._num_tokens] for x in (q, k, v))
-        return (q, k, v), kwargs
+        return (self.without_padding(q), self.without_padding(k), self.without_padding(v)), kwargs
 
     def _after_attention(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
         if not self.in_sp:
             return None
-        if not self._keep_padding:
-            rows = self.dims.local_tokens(self._num_tokens) * self.dims.sp
-            output = F.pad(output, (0, 0, 0, rows - len(output)))
-        return heads_to_tokens(output, self.dims.sp, self._group_name)
+        return heads_to_tokens(self.with_padding(output), self.dims.sp, self._group_name)
+
+    def without_padding(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of all tokens, [n*S, ...] to [N, ...]."""
+        # The CPU backend sizes its work by the rows it is given; CUDA ones by the step, so a trace can keep them.
+        return x if self._keep_padding else x[: self._num_tokens]
+
+    def with_padding(self, x: torch.Tensor) -> torch.Tensor:
+        """The reverse of ``without_padding``."""
+        if self._keep_padding:
+            return x
+        rows = self.dims.local_tokens(self._num_tokens) * self.dims.sp
+        return torch.cat((x, x.new_zeros(rows - len(x), *x.shape[1:])))

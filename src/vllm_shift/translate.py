@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
-from vllm_shift.limits import ENGINE_LIMITS, MODEL_LIMITS, check, check_model_shape
+from vllm_shift.limits import ENGINE_LIMITS, MODEL_LIMITS, UNCHECKED_LIMITS, check, check_model_shape
 from vllm_shift.metrics import publish
 
 logger = init_logger(f"vllm.{__name__}")
@@ -54,7 +54,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     def create_model_config() -> Any:
         # Here rather than afterwards: vLLM would blame a TP degree that the user never gave.
         model = type(engine_args).create_model_config(stock_args)
-        check(MODEL_LIMITS, model)
+        check(MODEL_LIMITS if config.self_check else MODEL_LIMITS + UNCHECKED_LIMITS, model)
         check_model_shape(model, config.world_size)
         return model
 
@@ -82,7 +82,7 @@ def read_settings(engine_args: Any) -> ShiftConfig:
         ValueError: a setting is wrong, or the two disagree.
     """
     defaults = ShiftConfig().to_dict()
-    flags = {name: getattr(engine_args, name) for name in defaults}
+    flags = {name: getattr(engine_args, name, default) for name, default in defaults.items()}
     settings = (engine_args.additional_config or {}).get(CONFIG_KEY, {})
     merged = flags | ShiftConfig.known(settings)
     for name, default in defaults.items():

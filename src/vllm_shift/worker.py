@@ -12,8 +12,11 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
-from vllm_shift.layers import slotted_layers
+from vllm_shift.gathered import gathered_modules
+from vllm_shift.layers import check_layers, slotted_layers, stop_shifting
+from vllm_shift.limits import ARCHITECTURES
 from vllm_shift.metrics import open_counts
+from vllm_shift.self_check import SelfCheck
 from vllm_shift.slots import Slots
 from vllm_shift.stats import StepCounter
 from vllm_shift.switch import ModeSwitch
@@ -52,6 +55,8 @@ class ShiftWorkerMixin(WorkerBase):
         with slotted_layers(self.switch):
             super().load_model(load_dummy_weights=load_dummy_weights)
         model = self.model_runner.get_model()
+        stop_shifting(child for _, module in gathered_modules(model) for child in module.modules())
+        check_layers(model)
         if self.vllm_config.load_config.load_format == "dummy":
             for slots in _all_slots(model):
                 slots.repeat_own()
@@ -86,11 +91,18 @@ class ShiftWorkerMixin(WorkerBase):
         self.switch.max_tp_tokens = threshold
 
     def compile_or_warm_up_model(self) -> Any:
-        """As the stock worker, with TP mode compiled and the threshold found before; then counts from zero."""
+        """As the stock worker, with TP mode compiled and the threshold found before; then the self-check."""
         self._run_largest_tp_step()
         if self.shift_config.is_auto:
             self.switch.max_tp_tokens = calibrate(self.model_runner, self.switch, self.vllm_config)
         times = super().compile_or_warm_up_model()
+        if self.shift_config.self_check:
+            SelfCheck(self, super().execute_model).run()
+            if self.rank == 0 and self.model_config.architecture not in ARCHITECTURES:
+                logger.warning(
+                    "Shift Parallelism: %s is not among the tested architectures; it runs by the self-check only.",
+                    self.model_config.architecture,
+                )
         self.shift_counter.start(self.switch.max_tp_tokens)
         return times
 

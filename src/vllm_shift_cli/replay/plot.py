@@ -10,7 +10,9 @@ mpl.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vllm_shift_cli.replay.report import LATENCIES, Report, in_flight, latencies, throughput
 
@@ -35,15 +37,16 @@ def plot_report(report: Report, path: Path) -> None:
     """Traffic, throughput and latency over time, and the server's mode under them, as PNG."""
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(
-            4, 1, figsize=(11, 10.5), sharex=True, height_ratios=[1, 1.2, 1.4, 1], layout="constrained"
+            5, 1, figsize=(11, 12), sharex=True, height_ratios=[1, 1.2, 1.4, 0.8, 0.8], layout="constrained"
         )
         figure.suptitle(_title(report), x=0.01, ha="left", fontsize=13, fontweight="bold")
         _requests(axes[0], report)
         _throughput(axes[1], report)
         _latency(axes[2], report)
-        _mode(axes[3], report)
-        axes[3].set_xlabel("Time since the first request [s]")
-        axes[3].set_xlim(0, report["seconds"])
+        _mode(axes[3], report, "steps", "Steps by mode")
+        _mode(axes[4], report, "tokens", "Tokens by mode")
+        axes[4].set_xlabel("Time since the first request [s]")
+        axes[4].set_xlim(0, report["seconds"])
         _save(figure, path)
 
 
@@ -60,6 +63,7 @@ def plot_comparison(reports: dict[str, Report], path: Path) -> None:
                 axes.step(values, np.arange(1, len(values) + 1) / max(len(values), 1) * 100, color=color, label=label)
             axes.set_title(title)
             axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
             axes.set_xlabel("ms (logarithmic)")
             axes.set_ylim(0, 101)
             if not column:
@@ -79,7 +83,7 @@ def plot_comparison(reports: dict[str, Report], path: Path) -> None:
         axes.set_ylim(bottom=0)
         for number, (label, report) in enumerate(reports.items()):
             axes = figure.add_subplot(grid[3 + number, :])
-            _mode(axes, report, title=f"Steps by mode: {label}")
+            _mode(axes, report, "tokens", f"Tokens by mode: {label}")
             axes.set_xlim(0, longest)
         axes.set_xlabel("Time since the first request [s]")
         _save(figure, path)
@@ -124,16 +128,17 @@ def _latency(axes: Axes, report: Report) -> None:
                      label=LATENCIES[name], rasterized=True)  # fmt: skip
     failed = [request["sent"] for request in report["requests"] if request["error"] is not None]
     if failed:
-        axes.scatter(failed, [0.03] * len(failed), marker="x", color=RED, label="failed", zorder=3,
+        axes.scatter(failed, [0.96] * len(failed), marker="x", color=RED, label="failed", zorder=3,
                      transform=axes.get_xaxis_transform())  # fmt: skip
     axes.set_title("Latency of each request, at the time it was sent")
     axes.set_ylabel("ms (logarithmic)")
     if done:
         axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
     _legend(axes)
 
 
-def _mode(axes: Axes, report: Report, title: str = "Steps by mode") -> None:
+def _mode(axes: Axes, report: Report, what: str, title: str) -> None:
     samples: list[dict[str, Any]] = report["mode_samples"]
     axes.set_title(title)
     axes.set_ylabel("share [%]")
@@ -145,8 +150,8 @@ def _mode(axes: Axes, report: Report, title: str = "Steps by mode") -> None:
                   wrap=True)  # fmt: skip
         return
     times = np.array([sample["time"] for sample in samples])
-    steps = np.array([[sample["tp_steps"], sample["sp_steps"]] for sample in samples])
-    taken = np.diff(steps, axis=0)
+    counts = np.array([[sample[f"tp_{what}"], sample[f"sp_{what}"]] for sample in samples])
+    taken = np.diff(counts, axis=0)
     share = np.divide(taken * 100, taken.sum(1, keepdims=True), where=taken.sum(1, keepdims=True) > 0,
                       out=np.zeros(taken.shape))  # fmt: skip
     threshold = samples[-1]["threshold"]
@@ -155,8 +160,15 @@ def _mode(axes: Axes, report: Report, title: str = "Steps by mode") -> None:
     _legend(axes)
 
 
+def _plain_ticks(axis: Axis) -> None:
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=4, fontsize=9, borderaxespad=0)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=4, fontsize=9, borderaxespad=0)
 
 
 def _colors(reports: dict[str, Report]) -> list[str]:

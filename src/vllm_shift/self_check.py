@@ -1,0 +1,400 @@
+"""Self-check at start-up: the same tokens through both modes must leave the same KV cache and hidden states.
+
+It runs real steps through the stock worker, with the attention kernels, compiled traces and CUDA graphs that serving
+uses. The reference takes steps of at most the threshold, so they run in TP mode, which is stock vLLM; then one larger
+step runs in SP mode over the same KV cache blocks. Both write blocks that were zero and are zero again afterwards, and
+the scheduler never learns of it.
+"""
+
+import itertools
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.distributed.parallel_state import get_world_group
+from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+from vllm_shift.switch import ModeSwitch
+
+logger = init_logger(f"vllm.{__name__}")
+
+# A bug of an architecture is in its first layers, too, so what matters is to allow little there: in layer 0 the modes
+# differ by next to nothing. Rounding then adds up over the layers: SmolLM2-135M at SP=3 on a CPU in bfloat16 differs by
+# 0.007 of a vector's length in layer 1 and 0.14 in layer 29, a third of what is allowed; float16 and float32 by less.
+ROUNDINGS_PER_LAYER = 2
+LEAST_ALLOWED_PER_LAYER = 1e-4
+MOST_ALLOWED = 0.5
+
+# Share of vectors of a mixture-of-experts model that may differ more: rounding may send a token to another expert.
+MOE_SHARE = 0.25
+
+_EVERYTHING = 1 << 30
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest difference found at one place.
+
+    Attributes:
+        place: name of a layer, or "hidden states".
+        layer: number of transformer layers before it.
+        error: relative to the length of the vector; infinite where something is missing or not finite.
+        allowed: what rounding explains.
+    """
+
+    place: str
+    layer: int
+    error: float
+    allowed: float
+
+    @property
+    def fails(self) -> bool:
+        """Whether rounding does not explain it."""
+        return not self.error <= self.allowed
+
+
+def prompt_lengths(
+    max_tp_tokens: int,
+    sp: int,
+    most_tokens: int,
+    most_requests: int,
+    most_length: int,
+    fits: Callable[[list[int]], bool],
+) -> list[int] | None:
+    """Lengths of the prompts that run in one step of SP mode.
+
+    Args:
+        max_tp_tokens: the threshold.
+        sp: SP degree; the prompts together are not a multiple of it where possible, so that some rows are padding.
+        most_tokens: largest number of tokens in a step.
+        most_requests: largest number of requests in a step.
+        most_length: largest length of a prompt.
+        fits: whether the KV cache holds prompts of these lengths.
+
+    Returns:
+        None if the engine can run no step above the threshold.
+    """
+    least = max_tp_tokens + 1
+    wanted = max(least, 8 * sp + 1)
+    wanted += wanted % sp == 0
+    for total, requests in itertools.product((wanted, least), (3, 1)):
+        count = max(min(requests, most_requests), cdiv(total, most_length))
+        lengths = [total // count + (number < total % count) for number in range(count)]
+        if total <= most_tokens and count <= most_requests and min(lengths) > 0 and fits(lengths):
+            return lengths
+    return None
+
+
+class SelfCheck:
+    """Runs the check on one rank; every rank of the engine has to take part.
+
+    Args:
+        worker: the worker, its model loaded and warmed up.
+        execute: the stock worker's ``execute_model``.
+    """
+
+    def __init__(self, worker: Any, execute: Callable[[SchedulerOutput], Any]) -> None:
+        self._worker, self._runner, self._execute = worker, worker.model_runner, execute
+        self._switch: ModeSwitch = worker.switch
+        self._groups = worker.model_runner.kv_cache_config.kv_cache_groups
+        model_config = worker.model_config
+        self._dtype, self._layers = model_config.dtype, model_config.get_total_num_hidden_layers()
+        self._share = MOE_SHARE if model_config.is_moe and self._dtype != torch.float32 else 0.0
+        self._vocabulary = model_config.get_vocab_size()
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Compare the modes; nothing to do where no step of this engine can run in SP mode.
+
+        Raises:
+            RuntimeError: the modes differ; names the first layer that does. Raised on every rank.
+        """
+        started = time.monotonic()
+        scheduler, threshold = self._worker.scheduler_config, self._switch.max_tp_tokens
+        lengths = prompt_lengths(
+            threshold,
+            self._switch.dims.sp,
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+            self._worker.model_config.max_model_len - 1,
+            lambda found: sum(map(len, self._blocks(found))) < self._runner.kv_cache_config.num_blocks,
+        )
+        if lengths is None:
+            return
+        # An engine without a TP mode of its own has no trace and no CUDA graphs of it.
+        with self._mode(threshold or _EVERYTHING, eager=not threshold):
+            reference = self._process(lengths, threshold or _EVERYTHING)
+            cache = [(place, x.cpu()) for place, x in self._read_cache(lengths)]
+        differences = self._compare(lengths, reference, self._process(lengths, _EVERYTHING), cache)
+        first = _agree(next((difference for difference in differences if difference.fails), None))
+        if first is not None:
+            raise RuntimeError(self._explain(first, lengths))
+        self._zero_cache(lengths)
+        if self._worker.rank == 0:
+            worst = max(differences, key=lambda difference: difference.error / difference.allowed)
+            logger.info(
+                "Shift Parallelism: self-check passed in %.1f s; on %d tokens the modes differ by rounding "
+                "(%s: %.1g, allowed %.1g).",
+                time.monotonic() - started,
+                sum(lengths),
+                worst.place,
+                worst.error,
+                worst.allowed,
+            )
+
+    def _count(self, group: Any, length: int) -> int:
+        return int(cdiv(length, group.kv_cache_spec.block_size))
+
+    def _blocks(self, lengths: list[int]) -> list[list[int]]:
+        """KV cache blocks of all prompts by KV cache group. Groups share memory, so no block is used twice."""
+        numbers = itertools.count(1)  # block 0 is vLLM's null block
+        return [
+            list(itertools.islice(numbers, sum(self._count(group, length) for length in lengths)))
+            for group in self._groups
+        ]
+
+    @contextmanager
+    def _mode(self, max_tp_tokens: int, eager: bool) -> Iterator[None]:
+        """Another threshold; with ``eager`` also without compiled traces and CUDA graphs."""
+        before, self._switch.max_tp_tokens, self._switch.eager = self._switch.max_tp_tokens, max_tp_tokens, eager
+        # Both of vLLM's model runners use no graph while this says that there are none.
+        graphs = getattr(self._runner, "cudagraph_manager", None) or self._runner.cudagraph_dispatcher
+        name = "_graphs_captured" if hasattr(graphs, "_graphs_captured") else "keys_initialized"
+        had_graphs = getattr(graphs, name)
+        setattr(graphs, name, had_graphs and not eager)
+        try:
+            yield
+        finally:
+            setattr(graphs, name, had_graphs)
+            self._switch.max_tp_tokens, self._switch.eager = before, False
+
+    def _process(self, lengths: list[int], most_tokens: int) -> torch.Tensor | None:
+        """Run the prompts, their blocks zero before, in steps of up to ``most_tokens`` tokens.
+
+        Returns:
+            Hidden states [tokens, hidden], prompt after prompt; None on a pipeline rank that has none.
+        """
+        self._zero_cache(lengths)
+        names = [f"_shift_self_check_{number}" for number in range(len(lengths))]
+        blocks = [iter(numbers) for numbers in self._blocks(lengths)]
+        own_blocks = [
+            tuple(
+                list(itertools.islice(all_of, self._count(group, length)))
+                for all_of, group in zip(blocks, self._groups, strict=True)
+            )
+            for length in lengths
+        ]
+        done = [0] * len(lengths)
+        rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        while done != lengths:
+            step = SchedulerOutput.make_empty()
+            step.num_common_prefix_blocks = [0] * len(self._groups)
+            cached = step.scheduled_cached_reqs
+            for number, name in enumerate(names):
+                tokens = min(lengths[number] - done[number], most_tokens - step.total_num_scheduled_tokens)
+                if not tokens:
+                    continue
+                if done[number]:
+                    cached.req_ids.append(name)
+                    cached.new_block_ids.append(None)
+                    cached.num_computed_tokens.append(done[number])
+                    cached.num_output_tokens.append(0)
+                else:
+                    step.scheduled_new_reqs.append(self._request(number, name, lengths[number], own_blocks[number]))
+                step.num_scheduled_tokens[name] = tokens
+                step.total_num_scheduled_tokens += tokens
+                done[number] += tokens
+            for name, hidden in self._run_step(step):
+                rows[name].append(hidden)
+        end = SchedulerOutput.make_empty()
+        end.finished_req_ids = set(names)
+        self._execute(end)
+        found = [hidden for name in names for hidden in rows[name]]
+        return torch.cat(found) if found else None
+
+    def _request(self, number: int, name: str, length: int, blocks: tuple[list[int], ...]) -> NewRequestData:
+        # Without structure, and the same on every rank.
+        tokens = [(index * index + 7919 * index + 104729 * number) % self._vocabulary for index in range(length)]
+        return NewRequestData(
+            req_id=name,
+            prompt_token_ids=tokens,
+            mm_features=[],
+            sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
+            pooling_params=None,
+            block_ids=blocks,
+            num_computed_tokens=0,
+            lora_request=None,
+            prefill_token_ids=tokens,
+        )
+
+    def _run_step(self, step: SchedulerOutput) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hidden states of the step's tokens by request."""
+        output = self._execute(step)
+        state = self._runner.execute_model_state
+        if state is not None and state.hidden_states is not None:
+            # The model runners sort requests; V2 keeps the order with the step, V1 in its persistent batch.
+            batch = getattr(state, "input_batch", None) or self._runner.input_batch
+            names = list(batch.req_ids)
+            counts = [step.num_scheduled_tokens[name] for name in names]
+            hidden = state.hidden_states[: sum(counts)].clone()
+            yield from zip(names, hidden.split(counts), strict=True)
+        if output is None:
+            self._worker.sample_tokens(None)
+
+    def _caches(self, lengths: list[int]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Name of a layer, its KV cache, and the numbers of the prompts' blocks in it."""
+        context = self._worker.vllm_config.compilation_config.static_forward_context
+        num_blocks = self._runner.kv_cache_config.num_blocks
+        for group, blocks in zip(self._groups, self._blocks(lengths), strict=True):
+            for name in group.layer_names:
+                caches = context[name].kv_cache
+                for cache in caches if isinstance(caches, list | tuple) else [caches]:
+                    # An attention backend may divide a block into several of its own.
+                    parts = len(cache) // num_blocks
+                    if parts * num_blocks != len(cache) or not parts:
+                        raise NotImplementedError(f"{name}: the self-check does not know a KV cache {cache.shape}")
+                    numbers = torch.tensor(blocks, device=cache.device).unsqueeze(1) * parts
+                    yield name, cache, (numbers + torch.arange(parts, device=cache.device)).flatten()
+
+    def _zero_cache(self, lengths: list[int]) -> None:
+        for _, cache, numbers in self._caches(lengths):
+            cache.index_fill_(0, numbers, 0)
+
+    def _read_cache(self, lengths: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the prompts' blocks hold: vectors [..., size], keys and values apart."""
+        for name, cache, numbers in self._caches(lengths):
+            found = cache.index_select(0, numbers)
+            # Attention backends store [blocks, heads, block size, key and value].
+            for part in found.chunk(2, dim=-1) if found.dim() == 4 else [found]:
+                yield name, part
+
+    def _compare(
+        self,
+        lengths: list[int],
+        reference: torch.Tensor | None,
+        found: torch.Tensor | None,
+        cache: list[tuple[str, torch.Tensor]],
+    ) -> list[Difference]:
+        """All differences in the order of the layers."""
+        differences = [
+            self._difference(name, _layer(name), expected.to(x.device), x)
+            for (name, expected), (_, x) in zip(cache, self._read_cache(lengths), strict=True)
+        ]
+        differences.sort(key=lambda difference: difference.layer)
+        if reference is not None and found is not None:
+            differences.append(self._difference("hidden states", self._layers, reference, found))
+        return differences
+
+    def _difference(self, place: str, layer: int, expected: torch.Tensor, found: torch.Tensor) -> Difference:
+        return Difference(place, layer, relative_error(expected, found, self._share), allowed_error(self._dtype, layer))
+
+    def _explain(self, first: Difference, lengths: list[int]) -> str:
+        located = self._locate(lengths)
+        if located is None:
+            where = f"{first.place} is the first to differ, and only with compiled traces or CUDA graphs"
+        else:
+            where, first = f"{located.place} is the first to differ", located
+        return (
+            f"Shift Parallelism: the self-check failed, so this engine would give wrong results. The same tokens "
+            f"through TP mode and SP mode must give the same values; {where} (by {first.error:.2g} of a vector's "
+            f"length, {first.allowed:.2g} is rounding). Please report it with the model's name; until then start the "
+            "server without Ulysses sequence parallelism."
+        )
+
+    def _locate(self, lengths: list[int]) -> Difference | None:
+        """Run both modes again, every module by itself, and find the first one whose output differs."""
+        # By module and call: layers share some modules, as the rotary embedding.
+        outputs: dict[str, Iterator[list[torch.Tensor]]] = {}
+        recorded: dict[str, list[list[torch.Tensor]]] = defaultdict(list)
+        differences: list[Difference] = []
+        sp, sp_rank = self._switch.dims.sp, self._switch.dims.sp_rank
+        rows = self._switch.dims.local_tokens(sum(lengths))
+        own = slice(sp_rank * rows, (sp_rank + 1) * rows)
+
+        def record(name: str, output: Any) -> None:
+            tensors = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
+            if not self._switch.in_sp:
+                kept = [x[own] if x.dim() and len(x) == sum(lengths) else x.new_empty(0) for x in tensors]
+                # Copies, because modules change their inputs in place.
+                recorded[name].append([x.to("cpu", copy=True) for x in kept])
+                return
+            calls = outputs.setdefault(name, iter(recorded[name]))
+            for expected, x in zip(next(calls, []), tensors, strict=False):
+                if not len(expected) or not x.dim():
+                    continue
+                if len(x) == rows * sp:  # folded: this rank's own slot is its TP shard
+                    x = x.view(rows, sp, *x.shape[1:])[:, sp_rank]
+                elif len(x) == sum(lengths):
+                    x = x[own]
+                x = x[: len(expected)]
+                if x.shape == expected.shape and x.is_floating_point():
+                    differences.append(self._difference(name, _layer(name), expected.to(x.device), x))
+
+        model = self._runner.get_model()
+        hooks = [
+            module.register_forward_hook(lambda _, __, output, name=name: record(name, output))
+            for name, module in model.named_modules()
+            if name
+        ]
+        try:
+            for max_tp_tokens in (_EVERYTHING, 0):
+                with self._mode(max_tp_tokens, eager=True):
+                    self._process(lengths, _EVERYTHING)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return _agree(next((difference for difference in differences if difference.fails), None))
+
+
+def allowed_error(dtype: torch.dtype, layer: int) -> float:
+    """Largest difference of a vector (one token's hidden state, key or value of a head), relative to its length.
+
+    Args:
+        dtype: of the model.
+        layer: number of transformer layers before the vector.
+    """
+    per_layer = max(ROUNDINGS_PER_LAYER * torch.finfo(dtype).eps, LEAST_ALLOWED_PER_LAYER)
+    return min(per_layer * (1 + layer), MOST_ALLOWED)
+
+
+def relative_error(expected: torch.Tensor, found: torch.Tensor, share: float) -> float:
+    """Largest difference of two sets of vectors, relative to their lengths.
+
+    Args:
+        expected: [..., size]; vectors far shorter than the average count as average, vectors of zeros in both do not.
+        found: of the same shape.
+        share: that many of the vectors, those that differ most, are left out, 0 to 1.
+
+    Returns:
+        Infinite where a value is not finite, or where nothing was computed at all.
+    """
+    expected, found = expected.float().flatten(0, -2), found.float().flatten(0, -2)
+    lengths, differences = expected.norm(dim=-1), (expected - found).norm(dim=-1)
+    written = (lengths > 0) | (differences > 0)
+    if not written.any() or not differences.isfinite().all():
+        return math.inf
+    lengths, differences = lengths[written], differences[written]
+    errors = differences / lengths.clamp_min(lengths.square().mean().sqrt())
+    kept = len(errors) - int(share * len(errors))
+    return float(errors.kthvalue(kept).values)
+
+
+def _layer(name: str) -> int:
+    """Number of the transformer layer that a module belongs to; 0 for what comes before all layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
+
+
+def _agree(first: Difference | None) -> Difference | None:
+    """Of every rank's first difference the one in the lowest layer; the same on all ranks."""
+    world = get_world_group()
+    found: list[Difference | None] = [None] * world.world_size
+    torch.distributed.all_gather_object(found, first, group=world.cpu_group)
+    return min((each for each in found if each is not None), key=lambda each: each.layer, default=None)

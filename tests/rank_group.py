@@ -1,0 +1,142 @@
+"""Groups of rank processes that run many engines, shared by the tests of tokens, KV caches and the self-check."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+from mutations import MUTATIONS
+
+LAYOUTS = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}
+NEVER = 10**9
+THRESHOLDS = [0, 64, NEVER]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model in a layout."""
+
+    name: str
+    sp: int
+    tp: int
+
+    @property
+    def world(self) -> int:
+        return self.sp * self.tp
+
+    @property
+    def nightly(self) -> bool:
+        return self.name in tiny.MORE_CONFIGS and self.world > 2
+
+
+def thresholds_of(name: str) -> list[int]:
+    return THRESHOLDS if name in tiny.CONFIGS else THRESHOLDS[:2]
+
+
+CASES = [
+    Case(name, sp, tp)
+    for layouts in LAYOUTS.values()
+    for sp, tp in layouts
+    for name in (*tiny.CONFIGS, *tiny.MORE_CONFIGS)
+]
+
+
+def self_checks(model: str) -> list[dict]:
+    """Engines that only start: sound ones in every dtype and form, and ones with a bug."""
+    args = {"model": model, "ulysses_sequence_parallel_size": 2}
+    shift = {"enable_shift_parallel": True, "shift_parallel_threshold": 20}
+    sound = {
+        "float16": shift | {"dtype": "float16"},
+        "bfloat16": shift | {"dtype": "bfloat16"},
+        "plain": {"dtype": "bfloat16"},
+        "dummy": shift | {"dtype": "bfloat16", "load_format": "dummy"},
+        "never": shift | {"shift_parallel_threshold": 128},
+        "off": shift | {"additional_config": {"shift_parallel": {"self_check": False}}},
+    }
+    engines = [{"name": f"check-{name}", "args": args | extra} for name, extra in sound.items()]
+    for name in MUTATIONS:
+        for dtype in ("float32", "bfloat16"):
+            engines.append({"name": f"{name}-{dtype}", "args": args | shift | {"dtype": dtype}, "mutation": name})
+    return engines
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` free ports in a row, below those that the system hands out to connections."""
+    for first in range(10_000 + os.getpid() % 1000, 30_000, count):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise OSError("no free ports")
+
+
+def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int | None]:
+    """Exit codes of all processes, or of those that ended when the first failed or the time was up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            break
+        time.sleep(0.5)
+    return codes
+
+
+class Group:
+    """Results of all engines of P ranks: by engine name, for every rank.
+
+    Args:
+        world: P.
+        nightly: run the engines of the long tail instead of those of `make test`.
+        folder: for checkpoints, logs and results.
+    """
+
+    def __init__(self, world: int, nightly: bool, folder: Path) -> None:
+        engines = []
+        for name in dict.fromkeys(case.name for case in CASES if (case.world, case.nightly) == (world, nightly)):
+            model = {"model": str(tiny.make_checkpoint(name, folder))}
+            thresholds = thresholds_of(name)
+            stock = model | {"tensor_parallel_size": world}
+            engines.append({"name": f"{name}-stock", "args": stock, "thresholds": [None] * len(thresholds)})
+            for sp, tp in LAYOUTS[world]:
+                shift = model | {"tensor_parallel_size": tp, "ulysses_sequence_parallel_size": sp}
+                shift |= {"enable_shift_parallel": True}
+                engines.append({"name": f"{name}-{sp}x{tp}", "args": shift, "thresholds": thresholds})
+        if world == 2 and not nightly:
+            engines += self_checks(str(folder / "qwen3"))
+        common = {
+            "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
+            "max_num_batched_tokens": 128, "max_num_seqs": 8, "kv_cache_memory_bytes": 8 << 20, "block_size": 32,
+            "distributed_executor_backend": "external_launcher", "seed": 0,
+        }  # fmt: skip
+        job = {"folder": str(folder), "prompts": tiny.prompts(), "max_tokens": 8, "engines": engines, "common": common}
+        (folder / "job.json").write_text(json.dumps(job))
+        self.folder, self.engines = folder, engines
+        self.results = self._run(world)
+
+    def _run(self, world: int) -> list[dict]:
+        first_port = free_ports(len(self.engines))
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first_port)}
+        command = [sys.executable, str(Path(__file__).with_name("rank_main.py")), str(self.folder / "job.json")]
+        ranks = []
+        for rank in range(world):
+            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            with open(self.folder / f"log-{rank}", "w") as log:
+                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            codes = wait_for_all(ranks, seconds=840)
+        finally:
+            for process in ranks:
+                process.kill()
+        if any(code != 0 for code in codes):
+            pytest.fail(f"ranks exited with {codes}:\n" + (self.folder / "log-0").read_text()[-5000:])
+        return [json.loads((self.folder / f"results-{rank}.json").read_text()) for rank in range(world)]

@@ -1,0 +1,81 @@
+"""The self-check at start-up: sound engines pass in every dtype, bugs are found on every rank, with their layer."""
+
+import math
+
+import pytest
+import torch
+from mutations import MUTATIONS
+from rank_group import self_checks
+
+from vllm_shift.self_check import allowed_error, prompt_lengths, relative_error
+
+
+def fits(lengths):
+    return sum(lengths) <= 1000
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 20, 64, 255, 600, 998])
+@pytest.mark.parametrize("sp", [2, 3, 8])
+def test_prompts_run_in_one_step_of_sp_mode(threshold, sp):
+    lengths = prompt_lengths(threshold, sp, 2048, 8, 400, fits)
+    assert threshold < sum(lengths) <= 1000
+    assert max(lengths) <= 400
+    assert min(lengths) > 0
+    assert len(lengths) > 1
+    assert sum(lengths) % sp or threshold == 998
+
+
+def test_prompts_respect_the_engine():
+    assert prompt_lengths(10, 2, 2048, 1, 400, fits) == [17]
+    assert prompt_lengths(10, 2, 11, 8, 400, fits) == [4, 4, 3]
+    # No step can reach SP mode: too few tokens in a step, too few blocks, too few requests.
+    assert prompt_lengths(128, 2, 128, 8, 400, fits) is None
+    assert prompt_lengths(1000, 2, 2048, 8, 400, fits) is None
+    assert prompt_lengths(500, 2, 2048, 1, 400, fits) is None
+
+
+def test_relative_error():
+    x = torch.randn(50, 4, 32, generator=torch.Generator().manual_seed(0))
+    assert relative_error(x, x, 0) == 0
+    one_wrong = x.clone()
+    one_wrong[7, 2] *= 1.5
+    assert relative_error(x, one_wrong, 0) == pytest.approx(0.5, abs=0.1)
+    assert relative_error(x, one_wrong, 0.25) == 0
+    # Nothing written in one of them, or in both.
+    assert relative_error(x, torch.zeros_like(x), 0.25) > 0.5
+    assert relative_error(torch.zeros_like(x), torch.zeros_like(x), 0) == math.inf
+    one_wrong[3] = math.nan
+    assert relative_error(x, one_wrong, 0.25) == math.inf
+    assert relative_error(one_wrong, one_wrong, 0.25) == math.inf
+
+
+def test_little_is_allowed_in_the_first_layers():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert allowed_error(dtype, 0) <= 0.016
+        assert allowed_error(dtype, 0) < allowed_error(dtype, 10) <= allowed_error(dtype, 1000) <= 0.5
+
+
+SOUND = [engine["name"] for engine in self_checks("") if "mutation" not in engine]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_engines_start_and_keep_no_trace(groups, name):
+    for rank, result in enumerate(groups(2).results):
+        found = result[name]
+        assert "refused" not in found
+        assert set(found["written"]) == {0}
+        assert set(found["stats"].values()) == {0}
+        ran = name not in ("check-never", "check-off") and rank == 0
+        assert any("self-check passed" in line for line in found["lines"]) == ran
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_bugs_are_refused_on_every_rank_by_their_layer(groups, name, dtype):
+    _, layer = MUTATIONS[name]
+    refusals = {result[f"{name}-{dtype}"]["refused"] for result in groups(2).results}
+    (message,) = refusals
+    assert f"model.{layer}" in message
+    assert "is the first to differ" in message
