@@ -14,7 +14,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a dense decoder (Llama, Mistral, Qwen2, Qwen3), as its config.json names them.
+    """The sizes of a dense decoder with a gated MLP and full attention, as its config.json names them.
 
     Attributes:
         name: shown to the user.

@@ -20,8 +20,16 @@ SHAPES = {
     "70b": ModelShape("70b (Llama-3.3-70B)", 8192, 28672, 80, 64, 8, 128, 128256),
 }
 
-# As in vllm_shift.limits, which cannot be imported without vLLM; a test compares the two.
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Those that the cost model describes: dense, with a gated MLP and full attention. The plugin supports more.
+ARCHITECTURES = (
+    "Glm4ForCausalLM",
+    "GraniteForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
 
 PREFILL_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 DECODE_REQUESTS = (1, 16, 64, 256, 512, 1024)
@@ -202,7 +210,7 @@ def read_model(model: str) -> ModelShape:
         model: a name in ``SHAPES``, a folder with a config.json, or that file.
 
     Raises:
-        CommandError: there is no such file, it lacks a size, or Shift Parallelism does not support the model.
+        CommandError: there is no such file, it lacks a size, or the cost model does not describe the model.
     """
     if model in SHAPES:
         return SHAPES[model]
@@ -224,9 +232,11 @@ def read_model(model: str) -> ModelShape:
 def _shape(config: dict[str, Any], path: Path) -> ModelShape:
     names = config.get("architectures") or ["none"]
     if names[0] not in ARCHITECTURES:
-        raise CommandError(f"{path}: architecture {names[0]} is not supported; use one of {', '.join(ARCHITECTURES)}")
+        raise CommandError(
+            f"{path}: the cost model does not describe architecture {names[0]}; use one of {', '.join(ARCHITECTURES)}"
+        )
     if config.get("quantization_config"):
-        raise CommandError(f"{path}: quantization is not supported; use an unquantized checkpoint")
+        raise CommandError(f"{path}: the cost model does not describe quantization; use an unquantized checkpoint")
 
     def size(name: str, default: int | None = None) -> int:
         value = config.get(name)
