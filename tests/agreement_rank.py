@@ -1,8 +1,9 @@
-"""One rank that compares three steps with the others by ``StepCheck``; prints what it raises.
+"""One rank that compares steps with the others by ``StepCheck``; its last line is what that raises, as JSON.
 
-Usage: agreement_rank.py RANK WORLD PORT WHAT, WHAT being how the last rank diverges in its third step.
+Usage: agreement_rank.py RANK WORLD PORT. In each third step the last rank diverges.
 """
 
+import json
 import sys
 
 from torch import distributed
@@ -19,16 +20,19 @@ DIVERGENCES = {
 
 
 def main() -> None:
-    rank, world, port, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rank, world, port = (int(argument) for argument in sys.argv[1:4])
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    check = StepCheck(distributed.group.WORLD)
-    check(256, [1])
-    check(256, [])
-    try:
-        check(*DIVERGENCES[what if rank == world - 1 else "nothing"])
-    except RuntimeError as error:
-        sys.stdout.write(str(error))
+    raised = {}
+    for what in DIVERGENCES:
+        check = StepCheck(distributed.group.WORLD)
+        check(256, [1])
+        check(256, [])
+        try:
+            check(*DIVERGENCES[what if rank == world - 1 else "nothing"])
+        except RuntimeError as error:
+            raised[what] = str(error)
     distributed.destroy_process_group()
+    sys.stdout.write("\n" + json.dumps(raised))
 
 
 if __name__ == "__main__":

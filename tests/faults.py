@@ -155,6 +155,12 @@ def try_kill(server: str, victim: str, moment: str, model: Path, port: int, fold
         outcome.ready_after = time.monotonic() - begin
         warm = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True}
         httpx.post(f"{running.url}/v1/completions", json=warm, timeout=60).raise_for_status()
+        modes = running.modes()
+        if server != "stock":
+            other = "tp" if server == "SP mode" else "sp"
+            assert modes[server[:2].lower()] > 0, modes
+            assert modes[other] == 0, modes
+        memory, target = running.shared_memory(), running.find(victim)
         clients = [] if moment == "idle" else [Client(running.url, i, moment) for i in range(CLIENTS)]
         for client in clients:
             client.start()
@@ -162,16 +168,10 @@ def try_kill(server: str, victim: str, moment: str, model: Path, port: int, fold
             while not all(client.chunks > 2 for client in clients):
                 time.sleep(0.01)
         elif moment == "prefill":
-            time.sleep(0.4)
-        modes = running.modes()
-        if server != "stock":
-            other = "tp" if server == "SP mode" else "sp"
-            assert modes[server[:2].lower()] > 0, modes
-            assert modes[other] == 0, modes
-        memory = running.shared_memory()
+            time.sleep(0.3)
         if moment == "prefill":
             assert not any(client.chunks for client in clients), "the prefill was over"
-        running.find(victim).send_signal(signal.SIGKILL)
+        target.send_signal(signal.SIGKILL)
         killed = time.monotonic()
         try:
             outcome.exit_code = running.process.wait(60)
@@ -206,7 +206,7 @@ def main() -> None:
     port = free_ports(1)
     with tempfile.TemporaryDirectory() as name:
         model = tiny.make_checkpoint("llama", Path(name))
-        cases: list[Any] = [(v, m, s) for v in args.victims for m in args.moments for s in args.servers]
+        cases: list[Any] = [(v, m, s) for m in args.moments for v in args.victims for s in args.servers]
         for number, (victim, moment, server) in enumerate(cases):
             outcome = try_kill(server, victim, moment, model, port, Path(name) / f"server{number}")
             sys.stdout.write(json.dumps(dataclasses.asdict(outcome)) + "\n")

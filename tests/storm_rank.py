@@ -50,6 +50,7 @@ class Modes:
 
     def start(self, schedule: dict[str, Any]) -> None:
         self._modes, self._seed = schedule.get("modes"), schedule.get("seed")
+        self._diverges_at = schedule.get("diverges_at")
         self._last: bool | None = None
         self.counts: Counter[str] = Counter()
 
@@ -72,6 +73,8 @@ class Modes:
 
     def _before(self, switch: ModeSwitch, step: Any) -> None:
         in_sp = self._is_sp(self.counts["steps"])
+        if self.counts["steps"] == self._diverges_at and switch.dims.rank == switch.dims.world - 1:
+            in_sp = not in_sp
         switch.max_tp_tokens = 0 if in_sp else TP_ALWAYS
         self.counts["steps"] += 1
         self.counts["SP steps"] += in_sp

@@ -83,3 +83,15 @@ def test_a_planted_bug_is_found_and_shrunk(storm):
     assert len(smallest["requests"]) <= 2
     assert smallest["modes"] == [False, True]
     assert all(request["aborts_after"] is None for request in smallest["requests"])
+
+
+def test_a_rank_that_diverges_ends_the_engine_on_every_rank(storm):
+    """The last test here: the engine is gone after it."""
+    request = {"arrives": 0, "prompt": 0, "max_tokens": 9, "aborts_after": None}
+    views = r"rank 0: step (\d+) in TP mode, 1 tokens .*; rank 1: step \1 in SP mode, 1 tokens .*threshold 0"
+    with pytest.raises(StormError, match=views) as raised:
+        storm.run({"requests": [request], "modes": [False], "diverges_at": 6})
+    ends = [
+        line for line in str(raised.value).splitlines() if line.startswith("RuntimeError: Shift Parallelism: the ranks")
+    ]
+    assert len(ends) == 2

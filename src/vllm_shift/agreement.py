@@ -1,7 +1,7 @@
 """Whether all ranks are about to run the same step in the same mode, compared where ``VLLM_SHIFT_DEBUG=1``.
 
-Ranks that disagree wait for each other in different collectives, which is a hang without a word. The comparison costs an
-all-gather of a few numbers on the CPU before every step, so it is off by default.
+Ranks that disagree wait for each other in different collectives, which is a hang without a word. The comparison costs
+an all-gather of a few numbers on the CPU before every step, so it is off by default.
 """
 
 import os

@@ -24,7 +24,7 @@ def describe_failure(error: BaseException, in_sp: bool, num_tokens: int, max_tp_
 
 
 def innermost_layer(traceback: TracebackType | None) -> str | None:
-    """Name of the innermost layer whose code raised; None in a CUDA graph or compiled code, which has no such frames."""
+    """Name of the innermost layer that raised; None in CUDA graphs and compiled code, which have no such frames."""
     found = None
     while traceback is not None:
         # A module's own methods have it as `self`, the hooks of ModeSwitch as `layer`.
