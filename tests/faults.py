@@ -63,12 +63,14 @@ class Client(threading.Thread):
         try:
             with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
                 self.outcome = "closed"
+                reason = None
                 for line in response.iter_lines():
+                    reason = re.search(r'"finish_reason":"(\w+)"', line) or reason
                     self.chunks += line.startswith("data: {")
                     if '"error"' in line:
                         self.outcome = "error in the stream"
                     elif line == "data: [DONE]" and self.outcome == "closed":
-                        self.outcome = "finished"
+                        self.outcome = f"finished ({reason[1] if reason else 'no reason'})"
                 if response.status_code != 200:
                     self.outcome = f"status {response.status_code}"
         except httpx.HTTPError as error:
