@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import psutil
 import tiny
-from test_tokens import free_ports
+from rank_group import free_ports
 
 # A mode is forced by a threshold that no step exceeds, or that every step does.
 SERVERS = {
