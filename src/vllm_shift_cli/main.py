@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Sequence
 
+from vllm_shift_cli import plan
 from vllm_shift_cli.errors import CommandError
 from vllm_shift_cli.replay import commands as replay
 
 # Each of these adds its subcommands. They import what they need when they run, so that --help needs nothing.
-_COMMANDS = (replay.add_parsers,)
+_COMMANDS = (replay.add_parsers, plan.add_parsers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
