@@ -245,7 +245,8 @@ class SelfCheck:
         """Hidden states of the step's tokens by request, or what a pooling model makes of finished prompts."""
         output = self._execute(step)
         state = self._runner.execute_model_state
-        if state is not None and state.hidden_states is not None:
+        # Between pipeline stages there are intermediate tensors instead.
+        if state is not None and isinstance(state.hidden_states, torch.Tensor):
             # The model runners sort requests; V2 keeps the order with the step, V1 in its persistent batch.
             batch = getattr(state, "input_batch", None) or self._runner.input_batch
             names = list(batch.req_ids)
