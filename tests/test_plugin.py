@@ -117,6 +117,7 @@ BAD = [
     ({"enable_shift_parallel": True, "ulysses_sequence_parallel_size": 1}, "set --ulysses-sequence-parallel-size to 2"),
     ({"shift_parallel_threshold": -5}, "at least 0, or 'auto', got -5"),
     ({"shift_parallel_threshold": "many"}, "got 'many'"),
+    ({"pipeline_parallel_size": 2}, r"pipeline parallelism with executors .*\(mp\): tried with external_launcher only"),
     ({"data_parallel_size": 2}, r"data parallelism \(2\)"),
     ({"enable_lora": True}, "LoRA: leave out --enable-lora"),
     ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, r"speculative decoding other than .*\(ngram_gpu\): use"),

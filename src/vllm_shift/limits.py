@@ -127,6 +127,14 @@ ENGINE_LIMITS = (
         _on_cuda(_above_one("pipeline_parallel_size")),
         "tried on the CPU backend only; set --pipeline-parallel-size 1",
     ),
+    Limit(
+        "pipeline parallelism with executors other than external_launcher",
+        lambda config: (
+            _above_one("pipeline_parallel_size")(config)
+            and _not_in(config.parallel_config.distributed_executor_backend, ("external_launcher",))
+        ),
+        "tried with external_launcher only; set --pipeline-parallel-size 1",
+    ),
     Limit("data parallelism", _above_one("data_parallel_size"), "start one server a replica, behind a load balancer"),
     Limit("prefill context parallelism", _above_one("prefill_context_parallel_size"), "leave out its flag"),
     Limit("decode context parallelism", _above_one("decode_context_parallel_size"), "leave out its flag"),
