@@ -10,6 +10,11 @@ from vllm_shift import layers
 from vllm_shift.switch import ModeSwitch
 
 
+def _linear(x, weight, bias):
+    """Of an input that may be folded."""
+    return torch.nn.functional.linear(x.reshape(-1, weight.shape[1]), weight, bias)
+
+
 def _swapped_slots():
     """In one layer, SP mode takes the slots in another order than the exchange does."""
 
@@ -17,7 +22,7 @@ def _swapped_slots():
         whole = self.weight_slots.whole
         if "layers.1.self_attn.qkv_proj" in self.prefix:
             whole = torch.cat(whole.chunk(self.switch.dims.sp)[::-1])
-        return layers.dispatch_unquantized_gemm()(self, x, whole, bias)
+        return _linear(x, whole, bias)
 
     return mock.patch.object(layers._SlottedLinear, "_matmul", matmul)
 
@@ -31,7 +36,7 @@ def _one_stale_slot():
         if "layers.2.mlp.down_proj" in self.prefix:
             parts = list(whole.chunk(self.switch.dims.sp, dim=1))
             whole = torch.cat([parts[0], *parts[:-1]], dim=1)
-            return layers.dispatch_unquantized_gemm()(self, x, whole, bias)
+            return _linear(x, whole, bias)
         return stock(self, x, bias)
 
     return mock.patch.object(layers._SlottedLinear, "_matmul", matmul)
@@ -75,8 +80,8 @@ def _layer_without_slots():
         whole = self.weight_slots.whole
         if "layers.1.self_attn.o_proj" in self.prefix:
             own = self.weight_slots[self.switch.dims.sp_rank]
-            return layers.dispatch_unquantized_gemm()(self, x, own.repeat(1, self.switch.dims.sp), bias)
-        return layers.dispatch_unquantized_gemm()(self, x, whole, bias)
+            return _linear(x, own.repeat(1, self.switch.dims.sp), bias)
+        return _linear(x, whole, bias)
 
     return mock.patch.object(layers._SlottedLinear, "_matmul", matmul)
 

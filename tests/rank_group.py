@@ -60,6 +60,8 @@ def self_checks(model: str) -> list[dict]:
         "dummy": shift | {"dtype": "bfloat16", "load_format": "dummy"},
         "never": shift | {"shift_parallel_threshold": 128},
         "off": shift | {"additional_config": {"shift_parallel": {"self_check": False}}},
+        "auto": shift | {"shift_parallel_threshold": "auto"},
+        "auto-again": shift | {"shift_parallel_threshold": "auto"},
     }
     engines = [{"name": f"check-{name}", "args": args | extra} for name, extra in sound.items()]
     for name in MUTATIONS:
@@ -108,7 +110,7 @@ def run_ranks(script: str, world: int, folder: Path, job: Mapping[str, Any], por
     ranks = []
     for rank in range(world):
         env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CACHE_ROOT": str(folder / "cache")}
         with open(folder / f"log-{rank}", "w") as log:
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:

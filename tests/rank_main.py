@@ -37,6 +37,10 @@ def set_threshold(worker: Any, max_tp_tokens: int) -> None:
     worker.switch.max_tp_tokens = max_tp_tokens
 
 
+def threshold(worker: Any) -> int:
+    return worker.switch.max_tp_tokens
+
+
 def stock_facts(worker: Any) -> dict[str, Any]:
     """What a worker without the flags must not show: traces of this package."""
     model = worker.model_runner.get_model()
@@ -123,6 +127,7 @@ def start_only(job: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
         result = {
             "written": [int(cache.count_nonzero()) for cache in rpc(kv_caches)[0]],
             "stats": rpc("shift_stats")[0],
+            "threshold": rpc(threshold)[0],
         }
         llm.llm_engine.engine_core.shutdown()
         del llm

@@ -427,13 +427,22 @@ def test_ctrl_c_writes_what_has_finished(server, tmp_path):
     trace = tmp_path / "long.jsonl"
     write_trace(trace, [TraceRequest(0, 5, 2), TraceRequest(0, server.HANGS, 5), TraceRequest(1000, 5, 2)])
     command = [Path(sys.executable).with_name("vllm-shift"), "replay", trace, "--url", server.url]
-    process = subprocess.Popen([*command, "--output", tmp_path / "r"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while len(server.bodies) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        [*command, "--output", tmp_path / "r"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell that runs the tests in the background lets them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(server.bodies) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     summary = reports.load(tmp_path / "r.json")["summary"]
     assert (summary["completed"], summary["failed"], summary["never_sent"]) == (1, 1, 1)

@@ -66,8 +66,9 @@ def test_sound_engines_start_and_keep_no_trace(groups, name):
         assert "refused" not in found
         assert set(found["written"]) == {0}
         assert set(found["stats"].values()) == {0}
-        ran = name not in ("check-never", "check-off") and rank == 0
-        assert any("self-check passed" in line for line in found["lines"]) == ran
+        if not name.startswith("check-auto"):  # whose threshold may leave no step to SP mode
+            ran = name not in ("check-never", "check-off") and rank == 0
+            assert any("self-check passed" in line for line in found["lines"]) == ran
 
 
 @pytest.mark.engine

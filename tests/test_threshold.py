@@ -124,3 +124,15 @@ def test_a_cache_that_cannot_be_written_is_no_failure(vllm_config, tmp_path, cap
     (tmp_path / "shift_parallel").write_text("a file where the folder should be")
     TimesCache(vllm_config()).save(times(300))
     assert "cannot be kept" in caplog_vllm.text
+
+
+@pytest.mark.engine
+def test_ranks_measure_one_threshold_and_the_next_start_finds_it(groups):
+    first, again = ([result[name] for result in groups(2).results] for name in ("check-auto", "check-auto-again"))
+    (threshold,) = {found["threshold"] for found in first + again}
+    assert 0 <= threshold <= 128
+    for ranks, source in ((first, "measured now"), (again, "measured before")):
+        (line,) = [line for line in ranks[0]["lines"] if "step times" in line]
+        assert source in line
+        assert "1: " in line
+        assert not any("step times" in line for line in ranks[1]["lines"])

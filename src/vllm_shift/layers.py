@@ -104,7 +104,12 @@ class _SlottedLinear(Slotted, LinearBase):
         return Slots(param, dim, self.switch.dims, self._impersonate)
 
     def _matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out: torch.Tensor = dispatch_unquantized_gemm()(self, x, self.weight_slots.whole, bias)
+        """``x``, folded or not, times the weight of all slots."""
+        whole = self.weight_slots.whole
+        if x.shape[-1] != whole.shape[1]:
+            folded: torch.Tensor = torch.ops.vllm_shift.folded_linear(x, whole, bias)
+            return folded
+        out: torch.Tensor = dispatch_unquantized_gemm()(self, x, whole, bias)
         return out
 
 
@@ -158,7 +163,7 @@ class SlottedRowParallelLinear(_SlottedLinear, RowParallelLinear):
         if not self.runs_in_sp():
             return super().forward(input_)
         bias = self.bias if self.switch.dims.tp_rank == 0 and not self.skip_bias_add else None
-        out = self.switch.all_reduce_tp(torch.ops.vllm_shift.folded_linear(input_, self.weight_slots.whole, bias))
+        out = self.switch.all_reduce_tp(self._matmul(input_, bias))
         if not self.return_bias:
             return out
         return out, self.bias if self.skip_bias_add else None

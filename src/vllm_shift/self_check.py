@@ -115,8 +115,11 @@ class SelfCheck:
         self._pooling_task = next(iter(self._runner.get_supported_pooling_tasks()), None)
 
     @torch.inference_mode()
-    def run(self) -> None:
-        """Compare the modes; nothing to do where no step of this engine can run in SP mode.
+    def run(self) -> bool:
+        """Compare the modes.
+
+        Returns:
+            False where there was nothing to do, because no step of this engine can run in SP mode.
 
         Raises:
             RuntimeError: the modes differ; names the first layer that does. Raised on every rank.
@@ -132,7 +135,7 @@ class SelfCheck:
             lambda found: sum(map(len, self._blocks(found))) < self._runner.kv_cache_config.num_blocks,
         )
         if lengths is None:
-            return
+            return False
         # An engine without a TP mode of its own has no trace and no CUDA graphs of it.
         with self._mode(threshold or _EVERYTHING, eager=not threshold):
             reference = self._process(lengths, threshold or _EVERYTHING)
@@ -153,6 +156,7 @@ class SelfCheck:
                 worst.error,
                 worst.allowed,
             )
+        return True
 
     def _count(self, group: Any, length: int) -> int:
         return int(cdiv(length + self._drafts, group.kv_cache_spec.block_size))

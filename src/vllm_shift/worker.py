@@ -10,8 +10,10 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_shift.agreement import StepCheck, is_wanted
 from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
+from vllm_shift.failure import describe_failure
 from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting
 from vllm_shift.limits import ARCHITECTURES
@@ -33,6 +35,7 @@ class ShiftWorkerMixin(WorkerBase):
         # What shutdown closes is here, because init_device may fail and shutdown comes nevertheless.
         self.shift_counter = self._step_counter()
         self._shift_groups: list[GroupCoordinator] = []
+        self._step_check: StepCheck | None = None
 
     def init_device(self) -> None:
         """As the stock worker; then the process groups of SP mode."""
@@ -44,6 +47,8 @@ class ShiftWorkerMixin(WorkerBase):
         tp_group = _new_group(dims.tp_groups, dims.world, "ulysses_rows") if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
         self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
+        if is_wanted():
+            self._step_check = StepCheck(get_world_group().cpu_group)
 
     def _step_counter(self) -> StepCounter:
         counts = open_counts(self.vllm_config) if self.rank == 0 else None
@@ -102,8 +107,8 @@ class ShiftWorkerMixin(WorkerBase):
             self.switch.max_tp_tokens = calibrate(self.model_runner, self.switch, self.vllm_config)
         times = super().compile_or_warm_up_model()
         if self.shift_config.self_check:
-            SelfCheck(self, super().execute_model).run()
-            if self.rank == 0 and self.model_config.architecture not in ARCHITECTURES:
+            checked = SelfCheck(self, super().execute_model).run()
+            if checked and self.rank == 0 and self.model_config.architecture not in ARCHITECTURES:
                 logger.warning(
                     "Shift Parallelism: %s is not among the tested architectures; it runs by the self-check only.",
                     self.model_config.architecture,
@@ -112,12 +117,20 @@ class ShiftWorkerMixin(WorkerBase):
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """As the stock worker; the step is counted and timed under its mode."""
+        """As the stock worker; the step is counted and timed under its mode, which the log names if it fails."""
+        max_tp_tokens = self.switch.max_tp_tokens
+        if self._step_check is not None:
+            self._step_check(max_tp_tokens, scheduler_output.num_scheduled_tokens.values())
         num_tokens = scheduler_output.total_num_scheduled_tokens
         if not num_tokens:
             return super().execute_model(scheduler_output)
-        with self.shift_counter.step(self.switch.is_sp_step(num_tokens), num_tokens):
-            return super().execute_model(scheduler_output)
+        in_sp = self.switch.is_sp_step(num_tokens)
+        try:
+            with self.shift_counter.step(in_sp, num_tokens):
+                return super().execute_model(scheduler_output)
+        except Exception as error:
+            logger.error("Rank %d: %s", self.rank, describe_failure(error, in_sp, num_tokens, max_tp_tokens))
+            raise
 
     def shift_stats(self) -> dict[str, int]:
         """Steps and tokens per mode, and mode changes, since start-up, for ``collective_rpc("shift_stats")``."""

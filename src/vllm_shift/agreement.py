@@ -1,0 +1,65 @@
+"""Whether all ranks are about to run the same step in the same mode, compared where ``VLLM_SHIFT_DEBUG=1``.
+
+Ranks that disagree wait for each other in different collectives, which is a hang without a word. The comparison costs
+an all-gather of a few numbers on the CPU before every step, so it is off by default.
+"""
+
+import os
+import zlib
+from collections.abc import Iterable
+
+import torch
+from torch.distributed import ProcessGroup
+
+VARIABLE = "VLLM_SHIFT_DEBUG"
+
+
+def is_wanted() -> bool:
+    """Whether the environment asks for the comparison.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get(VARIABLE, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+class StepCheck:
+    """Compares steps across the ranks of a group.
+
+    Args:
+        group: a process group of the CPU (gloo) with every rank of the engine.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group, self._steps = group, 0
+
+    def __call__(self, max_tp_tokens: int, num_tokens: Iterable[int]) -> None:
+        """Compare the step that is about to run; every rank has to call.
+
+        Args:
+            max_tp_tokens: this rank's threshold.
+            num_tokens: tokens of each request of the step, in the scheduler's order; none in a step without any.
+
+        Raises:
+            RuntimeError: the ranks disagree; on every rank, with the view of each.
+        """
+        counts = list(num_tokens)
+        digest = zlib.crc32(repr(counts).encode())
+        own = torch.tensor([self._steps, max_tp_tokens, sum(counts), len(counts), digest])
+        views = [torch.empty_like(own) for _ in range(self._group.size())]
+        torch.distributed.all_gather(views, own, group=self._group)
+        if any(not torch.equal(view, own) for view in views):
+            shown = "; ".join(f"rank {rank}: {_describe(*view.tolist())}" for rank, view in enumerate(views))
+            raise RuntimeError(f"Shift Parallelism: the ranks disagree on a step. {shown}")
+        self._steps += 1
+
+
+def _describe(step: int, max_tp_tokens: int, tokens: int, requests: int, digest: int) -> str:
+    mode = "SP" if tokens > max_tp_tokens else "TP"
+    return (
+        f"step {step} in {mode} mode, {tokens} tokens of {requests} requests "
+        f"(token counts {digest:08x}), threshold {max_tp_tokens}"
+    )

@@ -1,0 +1,221 @@
+"""Kills processes of a running server and looks at what clients, the launcher and the machine are left with.
+
+As a command it tries every combination and writes a line of JSON for each: ``python tests/faults.py > faults.jsonl``.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import tiny
+from rank_group import free_ports
+
+# A mode is forced by a threshold that no step exceeds, or that every step does.
+SERVERS = {
+    "stock": ["--tensor-parallel-size", "2"],
+    "TP mode": ["--ulysses-sequence-parallel-size", "2", "--enable-shift-parallel", "--shift-parallel-threshold", "16"],
+    "SP mode": ["--ulysses-sequence-parallel-size", "2", "--enable-shift-parallel", "--shift-parallel-threshold", "0"],
+}
+VICTIMS = {"rank": "VLLM::Worker_TP1", "engine core": "VLLM::EngineCore", "API server": None}
+MOMENTS = ("idle", "prefill", "decode")
+CLIENTS = 4
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a kill led to; times are in seconds after it."""
+
+    server: str
+    victim: str
+    moment: str
+    ready_after: float = 0.0
+    clients: list[str] = dataclasses.field(default_factory=list)
+    clients_after: float = 0.0
+    exit_code: int | None = None
+    exit_after: float = 0.0
+    cause: str = ""
+    left: list[str] = dataclasses.field(default_factory=list)
+
+
+class Client(threading.Thread):
+    """One streaming request; ``outcome`` says how it ended, and ``chunks`` how much came."""
+
+    def __init__(self, url: str, number: int, moment: str) -> None:
+        super().__init__(daemon=True)
+        length, most = (1000, 20) if moment == "prefill" else (10, 900)
+        prompt = [3 + (number * 97 + i * 7) % 490 for i in range(length)]
+        self._body = {"model": "tiny", "prompt": prompt, "max_tokens": most, "stream": True, "ignore_eos": True}
+        self._url, self.chunks, self.outcome, self.ended = f"{url}/v1/completions", 0, "still waiting", 0.0
+
+    def run(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
+                self.outcome = "closed"
+                reason = None
+                for line in response.iter_lines():
+                    reason = re.search(r'"finish_reason":"(\w+)"', line) or reason
+                    self.chunks += line.startswith("data: {")
+                    if '"error"' in line:
+                        self.outcome = "error in the stream"
+                    elif line == "data: [DONE]" and self.outcome == "closed":
+                        self.outcome = f"finished ({reason[1] if reason else 'no reason'})"
+                if response.status_code != 200:
+                    self.outcome = f"status {response.status_code}"
+        except httpx.HTTPError as error:
+            self.outcome = type(error).__name__
+        self.ended = time.monotonic()
+
+
+class Victim:
+    """A server in a session and a folder of its own; a context manager that leaves nothing behind."""
+
+    def __init__(self, server: str, model: Path, port: int, folder: Path) -> None:
+        self._server, self.url, self.folder = server, f"http://127.0.0.1:{port}", folder
+        folder.mkdir()
+        self.log = folder.with_suffix(".log")
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port)]
+        command += ["--host", "127.0.0.1", "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
+        command += ["--max-model-len", "1024", "--max-num-batched-tokens", "16", "--max-num-seqs", "8"]
+        command += ["--kv-cache-memory-bytes", str(32 << 20), *SERVERS[server]]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"TMPDIR": str(folder)}
+            )
+
+    def __enter__(self) -> "Victim":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes():
+            process.kill()
+        self.process.kill()
+        self.process.wait()
+
+    def wait_until_ready(self, seconds: float = 240) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.2)
+        raise TimeoutError(f"exit code {self.process.poll()}:\n{self.log.read_text()[-3000:]}")
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+        return found
+
+    def find(self, victim: str) -> psutil.Process:
+        title = VICTIMS[victim]
+        if title is None:
+            return psutil.Process(self.process.pid)
+        (found,) = [process for process in self.processes() if title in " ".join(process.cmdline())]
+        return found
+
+    def shared_memory(self) -> set[str]:
+        """Names under /dev/shm that a process of the server has mapped or open."""
+        names = set()
+        for process in self.processes():
+            text = Path(f"/proc/{process.pid}/maps").read_text()
+            text += "".join(
+                f"{os.readlink(fd)}\n" for fd in Path(f"/proc/{process.pid}/fd").iterdir() if fd.is_symlink()
+            )
+            names.update(re.findall(r"/dev/shm/[^\n]+", text))
+        return {name for name in names if not name.endswith("(deleted)")}
+
+    def modes(self) -> dict[str, float]:
+        """Steps by mode; empty for stock vLLM."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        found = [re.match(r'vllm:shift_steps_total.*mode="(\w+)"[^}]*} (.+)', line) for line in lines]
+        return {match[1]: float(match[2]) for match in found if match}
+
+
+def try_kill(server: str, victim: str, moment: str, model: Path, port: int, folder: Path) -> Outcome:
+    """Start a server, kill -9 one of its processes at a moment, and report."""
+    outcome = Outcome(server, victim, moment)
+    begin = time.monotonic()
+    with Victim(server, model, port, folder) as running:
+        running.wait_until_ready()
+        outcome.ready_after = time.monotonic() - begin
+        warm = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True}
+        httpx.post(f"{running.url}/v1/completions", json=warm, timeout=60).raise_for_status()
+        modes = running.modes()
+        if server != "stock":
+            other = "tp" if server == "SP mode" else "sp"
+            assert modes[server[:2].lower()] > 0, modes
+            assert modes[other] == 0, modes
+        memory, target = running.shared_memory(), running.find(victim)
+        clients = [] if moment == "idle" else [Client(running.url, i, moment) for i in range(CLIENTS)]
+        for client in clients:
+            client.start()
+        if moment == "decode":
+            while not all(client.chunks > 2 for client in clients):
+                time.sleep(0.01)
+        elif moment == "prefill":
+            time.sleep(0.3)
+        if moment == "prefill":
+            assert not any(client.chunks for client in clients), "the prefill was over"
+        target.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        try:
+            outcome.exit_code = running.process.wait(60)
+        except subprocess.TimeoutExpired:
+            outcome.left.append("the launcher is still running")
+        outcome.exit_after = time.monotonic() - killed
+        for client in clients:
+            client.join(max(0.0, killed + 60 - time.monotonic()))
+        outcome.clients = sorted({client.outcome for client in clients})
+        outcome.clients_after = max((client.ended - killed for client in clients), default=0.0)
+        # A process whose parent is gone takes a moment to notice.
+        while running.processes() and time.monotonic() < killed + 30:
+            time.sleep(0.2)
+        gone_after = time.monotonic() - killed
+        if gone_after > outcome.exit_after + 1:
+            outcome.left.append(f"processes until {gone_after:.0f} s")
+        outcome.left += [f"process {' '.join(process.cmdline())[:60]}" for process in running.processes()]
+        outcome.left += sorted(name for name in memory if Path(name).exists())
+        outcome.left += sorted(f"TMPDIR/{path.name}" for path in folder.rglob("*") if not path.is_dir())
+    lines = [line for line in running.log.read_text().splitlines() if re.search(r"ERROR|died|dead", line)]
+    outcome.cause = re.sub(r"^.*?\] ", "", lines[0])[:160] if lines else ""
+    return outcome
+
+
+def main() -> None:
+    """Every combination, each on the port of the one before."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--servers", nargs="+", default=list(SERVERS), choices=SERVERS)
+    parser.add_argument("--victims", nargs="+", default=list(VICTIMS), choices=VICTIMS)
+    parser.add_argument("--moments", nargs="+", default=list(MOMENTS), choices=MOMENTS)
+    args = parser.parse_args()
+    port = free_ports(1)
+    with tempfile.TemporaryDirectory() as name:
+        model = tiny.make_checkpoint("llama", Path(name))
+        cases: list[Any] = [(v, m, s) for m in args.moments for v in args.victims for s in args.servers]
+        for number, (victim, moment, server) in enumerate(cases):
+            outcome = try_kill(server, victim, moment, model, port, Path(name) / f"server{number}")
+            sys.stdout.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401  (the environment of the CPU backend)
+
+    main()

@@ -1,0 +1,81 @@
+"""The comparison of steps across ranks, and what the log says of a step that failed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from agreement_rank import DIVERGENCES
+from rank_group import free_ports
+from torch import nn
+
+from vllm_shift.agreement import VARIABLE, is_wanted
+from vllm_shift.failure import describe_failure
+
+WORLD = 3
+
+
+@pytest.fixture(scope="module")
+def raised():
+    """What each rank raised, by divergence."""
+    command = [sys.executable, str(Path(__file__).with_name("agreement_rank.py"))]
+    port = str(free_ports(1))
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(WORLD), port], stdout=subprocess.PIPE, text=True)
+        for rank in range(WORLD)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * WORLD
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("what", DIVERGENCES)
+def test_a_rank_that_diverges_is_reported_by_every_rank(raised, what):
+    found = {rank.get(what) for rank in raised}
+    if what == "nothing":
+        assert found == {None}
+        return
+    (message,) = found
+    assert "the ranks disagree" in message
+    assert "rank 0: step 2 in TP mode, 98 tokens of 3 requests" in message
+    tokens, requests = sum(DIVERGENCES[what][1]), len(DIVERGENCES[what][1])
+    mode = "SP" if what == "mode" else "TP"
+    assert f"rank 2: step 2 in {mode} mode, {tokens} tokens of {requests} requests" in message
+
+
+def test_it_is_off_unless_asked_for(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert not is_wanted()
+    monkeypatch.setenv(VARIABLE, "1")
+    assert is_wanted()
+    monkeypatch.setenv(VARIABLE, "yes")
+    with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
+        is_wanted()
+
+
+class Layer(nn.Module):
+    def __init__(self, prefix: str, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.prefix, self.inner = prefix, inner
+
+    def forward(self) -> None:
+        if self.inner is None:
+            raise RuntimeError("connection closed by peer")
+        self.inner()
+
+
+def test_a_failed_step_names_mode_and_layer():
+    with pytest.raises(RuntimeError) as raised:
+        Layer("model", Layer("model.layers.1.mlp.down_proj"))()
+    line = describe_failure(raised.value, in_sp=True, num_tokens=90, max_tp_tokens=32)
+    assert line == (
+        "A step in SP mode of 90 tokens (threshold 32) failed in model.layers.1.mlp.down_proj: "
+        "RuntimeError: connection closed by peer"
+    )
+    assert "failed: ValueError: x" in describe_failure(ValueError("x"), False, 1, 32)
