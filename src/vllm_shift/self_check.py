@@ -112,7 +112,9 @@ class SelfCheck:
         speculative = worker.vllm_config.speculative_config
         # A draft model writes that far beyond a prompt.
         self._drafts = speculative.num_speculative_tokens if speculative else 0
-        self._pooling_task = next(iter(self._runner.get_supported_pooling_tasks()), None)
+        self._pooling_task = None
+        if model_config.runner_type != "generate":  # which vLLM's V2 model runner cannot be asked
+            self._pooling_task = next(iter(self._runner.get_supported_pooling_tasks()), None)
 
     @torch.inference_mode()
     def run(self) -> bool:
@@ -255,7 +257,7 @@ class SelfCheck:
             batch = getattr(state, "input_batch", None) or self._runner.input_batch
             names = list(batch.req_ids)
             counts = [step.num_scheduled_tokens[name] for name in names]
-            hidden = state.hidden_states[: sum(counts)].clone()
+            hidden: Any = state.hidden_states[: sum(counts)].clone()
             yield from zip(names, hidden.split(counts), strict=True)
         if output is None:
             self._worker.sample_tokens(None)
