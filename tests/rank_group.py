@@ -6,8 +6,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -92,6 +94,35 @@ def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int 
     return codes
 
 
+def run_ranks(script: str, world: int, folder: Path, job: Mapping[str, Any], ports: int) -> list[dict]:
+    """Run a script of this folder on every rank of a group; what each rank writes to ``results-RANK.json``.
+
+    Args:
+        script: called with the path of the job's file, and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+        world: number of ranks.
+        folder: for the job's file, logs and results.
+        job: what the script reads.
+        ports: how many ports in a row it uses, from MASTER_PORT on.
+    """
+    (folder / "job.json").write_text(json.dumps(job))
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(ports))}
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder / "job.json")]
+    ranks = []
+    for rank in range(world):
+        env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CACHE_ROOT": str(folder / "cache")}
+        with open(folder / f"log-{rank}", "w") as log:
+            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = wait_for_all(ranks, seconds=840)
+    finally:
+        for process in ranks:
+            process.kill()
+    if any(code != 0 for code in codes):
+        pytest.fail(f"ranks exited with {codes}:\n" + (folder / "log-0").read_text()[-5000:])
+    return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(world)]
+
+
 class Group:
     """Results of all engines of P ranks: by engine name, for every rank.
 
@@ -120,25 +151,5 @@ class Group:
             "distributed_executor_backend": "external_launcher", "seed": 0,
         }  # fmt: skip
         job = {"folder": str(folder), "prompts": tiny.prompts(), "max_tokens": 8, "engines": engines, "common": common}
-        (folder / "job.json").write_text(json.dumps(job))
         self.folder, self.engines = folder, engines
-        self.results = self._run(world)
-
-    def _run(self, world: int) -> list[dict]:
-        first_port = free_ports(len(self.engines))
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first_port)}
-        command = [sys.executable, str(Path(__file__).with_name("rank_main.py")), str(self.folder / "job.json")]
-        ranks = []
-        for rank in range(world):
-            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CACHE_ROOT": str(self.folder / "cache")}
-            with open(self.folder / f"log-{rank}", "w") as log:
-                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-        try:
-            codes = wait_for_all(ranks, seconds=840)
-        finally:
-            for process in ranks:
-                process.kill()
-        if any(code != 0 for code in codes):
-            pytest.fail(f"ranks exited with {codes}:\n" + (self.folder / "log-0").read_text()[-5000:])
-        return [json.loads((self.folder / f"results-{rank}.json").read_text()) for rank in range(world)]
+        self.results = run_ranks("rank_main.py", world, folder, job, ports=len(engines))

@@ -15,7 +15,7 @@ from vllm.model_executor import custom_op
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_shift
-from vllm_shift import limits, plugin
+from vllm_shift import limits, plugin, translate
 from vllm_shift.config import CONFIG_KEY
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -109,18 +109,20 @@ def test_settings_in_additional_config_equal_flags(llama):
     assert stock.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+
 BAD = [
     ({"ulysses_sequence_parallel_size": 3}, r"SP x TP = 3 ranks .*attention heads 8.*that work: \[2, 4, 8\]"),
     ({"ulysses_sequence_parallel_size": 16}, r"SP x TP = 16 ranks"),
     ({"enable_shift_parallel": True, "ulysses_sequence_parallel_size": 1}, "set --ulysses-sequence-parallel-size to 2"),
     ({"shift_parallel_threshold": -5}, "at least 0, or 'auto', got -5"),
     ({"shift_parallel_threshold": "many"}, "got 'many'"),
-    ({"pipeline_parallel_size": 2}, r"pipeline parallelism \(2\)"),
+    ({"pipeline_parallel_size": 2}, r"pipeline parallelism with executors .*\(mp\): tried with external_launcher only"),
     ({"data_parallel_size": 2}, r"data parallelism \(2\)"),
     ({"enable_lora": True}, "LoRA: leave out --enable-lora"),
-    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, "speculative"),
+    ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, r"speculative decoding other than .*\(ngram_gpu\): use"),
+    ({"speculative_config": NGRAM, "pipeline_parallel_size": 2}, "pipeline parallelism together with speculative"),
     ({"quantization": "fp8"}, r"quantization \(fp8\)"),
-    ({"enable_prompt_embeds": True}, "prompt embeddings"),
     ({"model_impl": "transformers"}, r"model implementations .*\(transformers\)"),
     ({"load_format": "sharded_state"}, r"load formats .*\(sharded_state\)"),
     ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
@@ -149,8 +151,6 @@ def test_more_ranks_than_numa_nodes_is_refused_with_its_remedy(llama, monkeypatc
 
 
 def test_more_ranks_than_gpus_is_refused(monkeypatch):
-    from vllm_shift import translate
-
     gpus = SimpleNamespace(is_cuda=lambda: True, device_count=lambda: 4)
     monkeypatch.setattr(translate, "current_platform", gpus)
     one_host = SimpleNamespace(distributed_executor_backend=None, nnodes=1)
@@ -164,9 +164,10 @@ def everything_unsupported(name):
     """A config whose every attribute asks for something; ``name`` says for which table."""
     model = SimpleNamespace(
         is_multimodal_model=True, is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
-        using_transformers_backend=lambda: True, quantization="fp8", model_impl="terratorch", enable_prompt_embeds=True,
+        using_transformers_backend=lambda: True, quantization="fp8", model_impl="terratorch",
         enable_sleep_mode=True, architecture="FalconForCausalLM",
     )  # fmt: skip
+    speculative = SimpleNamespace(method="medusa", uses_dynamic_speculative_decoding=lambda: True)
     sizes = ("pipeline", "data", "prefill_context", "decode_context")
     engine = SimpleNamespace(
         parallel_config=SimpleNamespace(
@@ -174,13 +175,25 @@ def everything_unsupported(name):
             distributed_executor_backend="uni", _api_process_count=2,
         ),
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True), mode=1),
-        lora_config=1, speculative_config=1, kv_transfer_config=1, weight_transfer_config=1,
+        lora_config=1, speculative_config=speculative, kv_transfer_config=1, weight_transfer_config=1,
         cache_config=SimpleNamespace(cache_dtype="fp8"),
         offload_config=SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=4), prefetch=None),
         load_config=SimpleNamespace(load_format="gguf"),
         device_config=SimpleNamespace(device_type="xpu"),
+        model_config=SimpleNamespace(runner_type="pooling", enable_prompt_embeds=True),
     )  # fmt: skip
     return {"model": model, "engine": engine}[name]
+
+
+def test_what_was_tried_on_the_cpu_only_is_refused_on_cuda():
+    config = everything_unsupported("engine")
+    tried = [limit for limit in limits.ENGINE_LIMITS if limit.name.endswith("on CUDA")]
+    assert len(tried) == 4
+    for limit in tried:
+        config.device_config.device_type = "cuda"
+        assert limit.found(config)
+        config.device_config.device_type = "cpu"
+        assert not limit.found(config)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +205,8 @@ def test_every_row_of_the_table_refuses(table, name, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     config = everything_unsupported(name)
     for limit in table:
+        if name == "engine":
+            config.device_config.device_type = "cuda" if limit.name.endswith("on CUDA") else "xpu"
         with pytest.raises(ValueError, match=re.escape(limit.name)) as error:
             limits.check((limit,), config)
         assert limit.instead in str(error.value)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 # Head size 32 is the least that vLLM's CPU attention takes. With P = 4 the 2 KV heads are replicated.
@@ -92,3 +93,33 @@ def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 500, (length,), generator=generator).tolist() for length in (1, 5, 33, 64, 131, 200)]
     return [*rows, [*rows[-1][:160], 7, 8, 9], [*rows[-1][:160], 11]]
+
+
+def make_drafter(method: str, folder: Path) -> Path:
+    """Write a random draft model of one layer for these targets, in the layout of "eagle" or "eagle3"."""
+    config = transformers.LlamaConfig(**SHAPE | {"num_hidden_layers": 1}, tie_word_embeddings=False)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = {name.removeprefix("model."): weight for name, weight in model.state_dict().items()}
+    hidden = SHAPE["hidden_size"]
+    if method == "eagle":
+        # It has no norms at either end, and predicts with the target's embedding and head.
+        for name in ("layers.0.input_layernorm.weight", "norm.weight", "lm_head.weight", "embed_tokens.weight"):
+            del weights[name]
+        weights["fc.weight"] = torch.randn(hidden, 2 * hidden) * 0.05
+        config.architectures = ["LlamaForCausalLM"]
+    else:
+        # Its only layer takes an embedding next to a hidden state, made from those of three layers of the target.
+        weights = {name.replace("layers.0.", "midlayer."): weight for name, weight in weights.items()}
+        del weights["embed_tokens.weight"]
+        for name in ("q", "k", "v"):
+            weight = weights[f"midlayer.self_attn.{name}_proj.weight"]
+            weights[f"midlayer.self_attn.{name}_proj.weight"] = torch.cat([weight, weight], dim=1)
+        weights["midlayer.hidden_norm.weight"] = torch.ones(hidden)
+        weights["fc.weight"] = torch.randn(hidden, 3 * hidden) * 0.05
+        config.architectures = ["LlamaForCausalLMEagle3"]
+        config.draft_vocab_size = SHAPE["vocab_size"]
+    path = folder / method
+    config.save_pretrained(path)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, path / "model.safetensors")
+    return path

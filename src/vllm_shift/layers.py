@@ -243,13 +243,31 @@ def slotted_layers(switch: ModeSwitch) -> Iterator[None]:
     taken = sorted(set(_REPLACEMENTS) & set(custom_op.op_registry_oot))
     if taken:
         raise RuntimeError(f"Shift Parallelism replaces {taken}, which another vLLM plugin has replaced already")
-    for name, layer_cls in _REPLACEMENTS.items():
-        custom_op.PluggableLayer.register_oot(layer_cls, name=name)
+    _register()
     _switch = switch
     try:
         yield
     finally:
         _switch = None
-        # vLLM has no call that takes a registration back; an engine of another kind may follow in this process.
-        for name in _REPLACEMENTS:
-            del custom_op.op_registry_oot[name]
+        _unregister()
+
+
+@contextmanager
+def stock_layers() -> Iterator[None]:
+    """While open, within ``slotted_layers``, models are built from vLLM's own layers."""
+    _unregister()
+    try:
+        yield
+    finally:
+        _register()
+
+
+def _register() -> None:
+    for name, layer_cls in _REPLACEMENTS.items():
+        custom_op.PluggableLayer.register_oot(layer_cls, name=name)
+
+
+def _unregister() -> None:
+    # vLLM has no call that takes a registration back; an engine of another kind may follow in this process.
+    for name in _REPLACEMENTS:
+        del custom_op.op_registry_oot[name]

@@ -30,6 +30,9 @@ ARCHITECTURES = (
 # All of them fill parameters through the weight loaders that know the slots.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy")
 
+# A draft model of any of these runs in TP mode only.
+SPECULATIVE_METHODS = ("ngram", "eagle", "eagle3", "draft_model")
+
 EXECUTORS = ("mp", "ray", "external_launcher")
 
 
@@ -60,6 +63,10 @@ def _not_in(value: Any, allowed: tuple[str, ...]) -> Any:
     return None if str(value) in allowed else value
 
 
+def _on_cuda(found: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda config: config.device_config.device_type == "cuda" and found(config)
+
+
 def _compiles_by_itself(config: Any) -> bool:
     mode, device = config.compilation_config.mode, config.device_config.device_type
     # DYNAMO_TRACE_ONCE is the CPU backend's default; on CUDA every step of SP mode would run uncompiled.
@@ -75,7 +82,11 @@ def _foreign_implementation(model: Any) -> Any:
 MODEL_LIMITS = (
     Limit("multimodal models", lambda model: model.is_multimodal_model, "use a text-only model"),
     Limit("encoder-decoder models", lambda model: model.is_encoder_decoder, "use a decoder-only model"),
-    Limit("pooling models", lambda model: model.runner_type != "generate", "use --runner generate"),
+    Limit(
+        "pooling models of architectures not tested",
+        lambda model: model.runner_type != "generate" and _not_in(model.architecture, ARCHITECTURES),
+        f"use one of {', '.join(ARCHITECTURES)}",
+    ),
     Limit("attention-free models", lambda model: model.is_attention_free, "use a model with attention layers"),
     Limit("quantization", lambda model: model.quantization, "use an unquantized checkpoint"),
     Limit(
@@ -83,7 +94,6 @@ MODEL_LIMITS = (
         _foreign_implementation,
         "use a model that vLLM implements itself, and leave --model-impl at auto",
     ),
-    Limit("prompt embeddings", lambda model: model.enable_prompt_embeds, "leave out --enable-prompt-embeds"),
     Limit("sleep mode", lambda model: model.enable_sleep_mode, "leave out --enable-sleep-mode"),
 )
 
@@ -97,7 +107,34 @@ UNCHECKED_LIMITS = (
 )
 
 ENGINE_LIMITS = (
-    Limit("pipeline parallelism", _above_one("pipeline_parallel_size"), "set --pipeline-parallel-size 1"),
+    Limit(
+        "pooling models on CUDA",
+        _on_cuda(lambda config: config.model_config.runner_type != "generate"),
+        "tried on the CPU backend only; use --runner generate",
+    ),
+    Limit(
+        "prompt embeddings on CUDA",
+        _on_cuda(lambda config: config.model_config.enable_prompt_embeds),
+        "tried on the CPU backend only; leave out --enable-prompt-embeds",
+    ),
+    Limit(
+        "speculative decoding on CUDA",
+        _on_cuda(lambda config: config.speculative_config and config.speculative_config.method),
+        "tried on the CPU backend only; leave out --speculative-config",
+    ),
+    Limit(
+        "pipeline parallelism on CUDA",
+        _on_cuda(_above_one("pipeline_parallel_size")),
+        "tried on the CPU backend only; set --pipeline-parallel-size 1",
+    ),
+    Limit(
+        "pipeline parallelism with executors other than external_launcher",
+        lambda config: (
+            _above_one("pipeline_parallel_size")(config)
+            and _not_in(config.parallel_config.distributed_executor_backend, ("external_launcher",))
+        ),
+        "tried with external_launcher only; set --pipeline-parallel-size 1",
+    ),
     Limit("data parallelism", _above_one("data_parallel_size"), "start one server a replica, behind a load balancer"),
     Limit("prefill context parallelism", _above_one("prefill_context_parallel_size"), "leave out its flag"),
     Limit("decode context parallelism", _above_one("decode_context_parallel_size"), "leave out its flag"),
@@ -129,9 +166,19 @@ ENGINE_LIMITS = (
     ),
     Limit("LoRA", lambda config: config.lora_config is not None, "leave out --enable-lora"),
     Limit(
-        "speculative decoding",
-        lambda config: config.speculative_config is not None,
-        "leave out --speculative-config",
+        "speculative decoding other than n-gram, EAGLE, EAGLE-3 and draft models",
+        lambda config: config.speculative_config and _not_in(config.speculative_config.method, SPECULATIVE_METHODS),
+        f"use one of the methods {', '.join(SPECULATIVE_METHODS)}",
+    ),
+    Limit(
+        "dynamic speculative decoding",
+        lambda config: config.speculative_config and config.speculative_config.uses_dynamic_speculative_decoding(),
+        "leave num_speculative_tokens_per_batch_size out of --speculative-config",
+    ),
+    Limit(
+        "pipeline parallelism together with speculative decoding",
+        lambda config: config.speculative_config and _above_one("pipeline_parallel_size")(config),
+        "use one of the two",
     ),
     Limit(
         "KV connectors and KV offloading",

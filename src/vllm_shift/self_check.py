@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
@@ -109,6 +109,12 @@ class SelfCheck:
         self._dtype, self._layers = model_config.dtype, model_config.get_total_num_hidden_layers()
         self._share = MOE_SHARE if model_config.is_moe and self._dtype != torch.float32 else 0.0
         self._vocabulary = model_config.get_vocab_size()
+        speculative = worker.vllm_config.speculative_config
+        # A draft model writes that far beyond a prompt.
+        self._drafts = speculative.num_speculative_tokens if speculative else 0
+        self._pooling_task = None
+        if model_config.runner_type != "generate":  # which vLLM's V2 model runner cannot be asked
+            self._pooling_task = next(iter(self._runner.get_supported_pooling_tasks()), None)
 
     @torch.inference_mode()
     def run(self) -> bool:
@@ -155,7 +161,7 @@ class SelfCheck:
         return True
 
     def _count(self, group: Any, length: int) -> int:
-        return int(cdiv(length, group.kv_cache_spec.block_size))
+        return int(cdiv(length + self._drafts, group.kv_cache_spec.block_size))
 
     def _blocks(self, lengths: list[int]) -> list[list[int]]:
         """KV cache blocks of all prompts by KV cache group. Groups share memory, so no block is used twice."""
@@ -184,7 +190,8 @@ class SelfCheck:
         """Run the prompts, their blocks zero before, in steps of up to ``most_tokens`` tokens.
 
         Returns:
-            Hidden states [tokens, hidden], prompt after prompt; None on a pipeline rank that has none.
+            Hidden states [tokens, hidden], prompt after prompt, or what is pooled from them, [prompts, size]; None on
+            a pipeline rank that has none.
         """
         self._zero_cache(lengths)
         names = [f"_shift_self_check_{number}" for number in range(len(lengths))]
@@ -226,13 +233,14 @@ class SelfCheck:
 
     def _request(self, number: int, name: str, length: int, blocks: tuple[list[int], ...]) -> NewRequestData:
         # Without structure, and the same on every rank.
+        pooling = self._pooling_task
         tokens = [(index * index + 7919 * index + 104729 * number) % self._vocabulary for index in range(length)]
         return NewRequestData(
             req_id=name,
             prompt_token_ids=tokens,
             mm_features=[],
-            sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
-            pooling_params=None,
+            sampling_params=None if pooling else SamplingParams(temperature=0.0, max_tokens=1),
+            pooling_params=PoolingParams(task=pooling) if pooling else None,
             block_ids=blocks,
             num_computed_tokens=0,
             lora_request=None,
@@ -240,18 +248,23 @@ class SelfCheck:
         )
 
     def _run_step(self, step: SchedulerOutput) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hidden states of the step's tokens by request."""
+        """Hidden states of the step's tokens by request, or what a pooling model makes of finished prompts."""
         output = self._execute(step)
         state = self._runner.execute_model_state
-        if state is not None and state.hidden_states is not None:
+        # Between pipeline stages there are intermediate tensors instead.
+        if state is not None and isinstance(state.hidden_states, torch.Tensor):
             # The model runners sort requests; V2 keeps the order with the step, V1 in its persistent batch.
             batch = getattr(state, "input_batch", None) or self._runner.input_batch
             names = list(batch.req_ids)
             counts = [step.num_scheduled_tokens[name] for name in names]
-            hidden = state.hidden_states[: sum(counts)].clone()
+            hidden: Any = state.hidden_states[: sum(counts)].clone()
             yield from zip(names, hidden.split(counts), strict=True)
         if output is None:
             self._worker.sample_tokens(None)
+        elif self._pooling_task:
+            for name, pooled in zip(output.req_ids, output.pooler_output, strict=True):
+                if pooled is not None:
+                    yield name, pooled.reshape(-1, pooled.shape[-1])
 
     def _caches(self, lengths: list[int]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """Name of a layer, its KV cache, and the numbers of the prompts' blocks in it."""
@@ -274,7 +287,11 @@ class SelfCheck:
 
     def _read_cache(self, lengths: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
         """What the prompts' blocks hold: vectors [..., size], keys and values apart."""
+        context = self._worker.vllm_config.compilation_config.static_forward_context
+        own = set(self._runner.get_model().modules())
         for name, cache, numbers in self._caches(lengths):
+            if context[name] not in own:
+                continue  # of a draft model, which has one mode only
             found = cache.index_select(0, numbers)
             # Attention backends store [blocks, heads, block size, key and value].
             for part in found.chunk(2, dim=-1) if found.dim() == 4 else [found]:

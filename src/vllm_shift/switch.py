@@ -13,6 +13,7 @@ from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.sequence import IntermediateTensors
 
 from vllm_shift.compiled import CompiledTwins
 from vllm_shift.dims import ParallelDims
@@ -72,10 +73,8 @@ class ModeSwitch:
         if not layers and not gathered:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
         self._twins = CompiledTwins(model, vllm_config)
-        most = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
-        device = next(model.parameters()).device
-        self._input_ids = torch.zeros(most, dtype=torch.int32, device=device)
-        self._positions = torch.zeros(most, self.dims.sp, dtype=torch.int64, device=device)
+        self._most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
+        self._buffers: dict[str, torch.Tensor] = {}
         # A plain bool, because the hooks of attention layers are traced.
         self._keep_padding = bool(self._twins)
         model.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -87,28 +86,50 @@ class ModeSwitch:
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the model: decide the mode; in SP mode, keep only this rank's tokens.
 
-        ``input_ids`` [N] become [n]; ``positions`` [N] become [n*S], each of this rank's repeated for every slot.
+        What has a row per token, [N, ...], becomes [n, ...]: ``input_ids``, ``inputs_embeds`` and, between pipeline
+        stages, ``intermediate_tensors``. ``positions`` [N] become [n*S], each repeated for every slot.
+
+        Raises:
+            NotImplementedError: the model takes an input that SP mode does not know.
         """
         num_tokens = kwargs["positions"].shape[-1]
         if self.eager:
             get_forward_context().skip_compiled = True
         if not self.is_sp_step(num_tokens):
             return None
+        inputs: dict[str, Any] = {}
+        for name, x in kwargs.items():
+            if x is None:
+                continue
+            if name in ("input_ids", "inputs_embeds"):
+                inputs[name] = self._own_rows(name, x)
+            elif name == "positions":
+                inputs[name] = self._own_rows(name, x.unsqueeze(-1).expand(-1, self.dims.sp)).view(-1)
+            elif name == "intermediate_tensors":
+                inputs[name] = IntermediateTensors({key: self._own_rows(key, rows) for key, rows in x.items()})
+            else:
+                raise NotImplementedError(f"{type(model).__name__} takes {name}, which SP mode does not know")
         self.in_sp, self._num_tokens = True, num_tokens
         if self._twins and not self.eager:
             self._twins.swap_in()
         else:
             # A compiled model is a trace of TP mode.
             get_forward_context().skip_compiled = True
-        rows = self.dims.local_tokens(num_tokens)
-        own = slice(self.dims.sp_rank * rows, (self.dims.sp_rank + 1) * rows)
-        # Into buffers that stay where they are, because CUDA graphs of the twins read them there.
-        input_ids, positions = self._input_ids[:rows], self._positions[:rows]
-        for buffer, x in ((input_ids, kwargs["input_ids"]), (positions, kwargs["positions"].unsqueeze(-1))):
-            found = x[own]
-            buffer[: len(found)].copy_(found)
-            buffer[len(found) :].zero_()
-        return args, kwargs | {"input_ids": input_ids, "positions": positions.view(-1)}
+        return args, kwargs | inputs
+
+    def _own_rows(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of [N, ...], padded with zeros to [n, ...]; in memory that stays where it is.
+
+        CUDA graphs of the twins read their inputs there.
+        """
+        if name not in self._buffers:
+            self._buffers[name] = torch.zeros(self._most_rows, *x.shape[1:], dtype=x.dtype, device=x.device)
+        rows = self.dims.local_tokens(len(x))
+        own = x[self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows]
+        buffer = self._buffers[name][:rows]
+        buffer[: len(own)].copy_(own)
+        buffer[len(own) :].zero_()
+        return buffer
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the model: hidden states [n, h] of every rank become [N, h] on all of them."""
@@ -119,7 +140,15 @@ class ModeSwitch:
         get_forward_context().skip_compiled = False
         if output is None:  # the model raised
             return None
-        return self.sp_group.all_gather(output, dim=0)[: self._num_tokens]
+        return self._gather(output)
+
+    def _gather(self, output: Any) -> Any:
+        """All ranks' rows of a model's output: hidden states, alone or with those for EAGLE-3, or between stages."""
+        if isinstance(output, torch.Tensor):
+            return self.sp_group.all_gather(output, dim=0)[: self._num_tokens]
+        if isinstance(output, IntermediateTensors):
+            return IntermediateTensors({name: self._gather(rows) for name, rows in output.items()})
+        return type(output)(self._gather(part) for part in output)
 
     def _before_attention(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.in_sp:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import CUDAGraphMode
-from vllm.distributed.parallel_state import GroupCoordinator, get_world_group, init_model_parallel_group
+from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group, get_world_group, init_model_parallel_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import WorkerBase
@@ -15,7 +15,7 @@ from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.failure import describe_failure
 from vllm_shift.gathered import gathered_modules
-from vllm_shift.layers import check_layers, slotted_layers, stop_shifting
+from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting
 from vllm_shift.limits import ARCHITECTURES
 from vllm_shift.metrics import open_counts
 from vllm_shift.self_check import SelfCheck
@@ -41,9 +41,10 @@ class ShiftWorkerMixin(WorkerBase):
         """As the stock worker; then the process groups of SP mode."""
         super().init_device()
         self.shift_config = ShiftConfig.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
-        dims = self.shift_config.dims(self.rank)
-        sp_group = _new_group(dims.sp_groups, "ulysses_sp")
-        tp_group = _new_group(dims.tp_groups, "ulysses_rows") if dims.tp > 1 else None
+        # Within its pipeline stage; vLLM's TP group is all ranks of the stage.
+        dims = self.shift_config.dims(get_tp_group().rank_in_group)
+        sp_group = _new_group(dims.sp_groups, dims.world, "ulysses_sp")
+        tp_group = _new_group(dims.tp_groups, dims.world, "ulysses_rows") if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
         self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
         if is_wanted():
@@ -57,6 +58,10 @@ class ShiftWorkerMixin(WorkerBase):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """As the stock worker, with our layers in the model."""
+        drafter: Any = getattr(self.model_runner, "drafter", None)
+        if hasattr(drafter, "load_model"):
+            # A draft model runs in TP mode only, after the model itself.
+            drafter.load_model = stock_layers()(drafter.load_model)
         with slotted_layers(self.switch):
             super().load_model(load_dummy_weights=load_dummy_weights)
         model = self.model_runner.get_model()
@@ -144,12 +149,15 @@ class ShiftWorkerMixin(WorkerBase):
                 group.destroy()
 
 
-def _new_group(ranks: list[list[int]], name: str) -> GroupCoordinator:
+def _new_group(ranks: list[list[int]], stage_size: int, name: str) -> GroupCoordinator:
+    """Make groups, given for the first pipeline stage, in every stage of ``stage_size`` consecutive ranks."""
     # A name with "tp" in it would get vLLM's custom all-reduce, whose buffers vLLM registers for its own TP group only
     # when it captures CUDA graphs.
     assert "tp" not in name
     world = get_world_group()
     backend = torch.distributed.get_backend(world.device_group)
+    stages = range(0, world.world_size, stage_size)
+    ranks = [[first + rank for rank in group] for first in stages for group in ranks]
     return init_model_parallel_group(ranks, world.local_rank, backend, group_name=name)
 
 

@@ -1,0 +1,137 @@
+"""One rank of a group of processes that tries vLLM's features: stock vLLM first, then ours at several thresholds.
+
+Usage: feature_main.py JOB.json, see ``rank_group.run_ranks``.
+"""
+
+import gc
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import rank_main
+import torch
+import transformers
+from rank_main import generate
+from vllm import LLM, PoolingParams, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+
+
+def tokens(llm: Any, job: dict[str, Any]) -> Any:
+    """Greedy decoding: tokens and their log-probabilities."""
+    return [{"tokens": run["tokens"], "numbers": run["logprobs"]} for run in generate(llm, job["prompts"], 8)]
+
+
+def repeats(llm: Any, job: dict[str, Any]) -> Any:
+    """Greedy decoding, also under a grammar that makes the answer repeat itself, as n-gram speculation expects."""
+    params = SamplingParams(
+        temperature=0.0, max_tokens=12, structured_outputs=StructuredOutputsParams(regex="(w5w6w7){4}")
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    texts = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+    return [*tokens(llm, job), *({"tokens": text, "numbers": []} for text in texts)]
+
+
+def sampling(llm: Any, job: dict[str, Any]) -> Any:
+    """Log-probabilities of prompts, choices that a grammar allows, beams."""
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=0)
+    results = []
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        rows = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        results.append({"tokens": [], "numbers": [row[token].logprob for token, row in rows]})
+    grammar = StructuredOutputsParams(regex="(w[3-9]){6}")
+    params = SamplingParams(temperature=0.0, max_tokens=8, structured_outputs=grammar)
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        results.append({"tokens": output.outputs[0].text, "numbers": []})
+    for output in llm.beam_search(prompts, BeamSearchParams(beam_width=3, max_tokens=4)):
+        for beam in output.sequences:
+            results.append({"tokens": beam.tokens, "numbers": [beam.cum_logprob]})
+    return results
+
+
+def embeds(llm: Any, job: dict[str, Any]) -> Any:
+    """Prompts as embeddings, those of other prompts as tokens in the same batch."""
+    path = llm.llm_engine.model_config.model
+    table = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).get_input_embeddings()
+    prompts = [
+        {"prompt_embeds": table(torch.tensor(prompt)).detach()} if number % 2 else {"prompt_token_ids": prompt}
+        for number, prompt in enumerate(job["prompts"])
+    ]
+    params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=1, ignore_eos=True)
+    results = []
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        ids = list(output.outputs[0].token_ids)
+        logprobs = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, ids, strict=True)]
+        results.append({"tokens": ids, "numbers": logprobs})
+    return results
+
+
+def pooling(llm: Any, job: dict[str, Any]) -> Any:
+    """Embeddings of prompts."""
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    outputs = llm.embed(prompts, pooling_params=PoolingParams(), use_tqdm=False)
+    return [{"tokens": [], "numbers": output.outputs.embedding} for output in outputs]
+
+
+def drafts(llm: Any) -> dict[str, int]:
+    """Draft tokens so far, and how many of them were accepted."""
+    names = ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens")
+    return {metric.name.split("_num_")[-1]: metric.value for metric in llm.get_metrics() if metric.name in names}
+
+
+def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list[Any] | None) -> Any:
+    """One run per threshold, with the difference of its KV caches from stock's; or as many runs of stock vLLM."""
+    ours = {"ulysses_sequence_parallel_size": job["sp"], "enable_shift_parallel": True, "shift_parallel_threshold": 20}
+    size = job["tp"] if stock_caches else job["sp"] * job["tp"]
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("vllm.vllm_shift").addHandler(handler)
+    llm = LLM(**job["common"] | {"tensor_parallel_size": size} | feature["args"] | (ours if stock_caches else {}))
+    logging.getLogger("vllm.vllm_shift").removeHandler(handler)
+    rpc = llm.llm_engine.collective_rpc
+    runs = []
+    for number, threshold in enumerate(job["thresholds"]):
+        if stock_caches:
+            rpc(rank_main.set_threshold, args=(threshold,))
+            before = rpc("shift_stats")[0]
+        llm.reset_prefix_cache()
+        rpc(rank_main.zero_kv_caches)
+        run: dict[str, Any] = {"threshold": threshold, "lines": lines, "drafts": drafts(llm)}
+        run["outputs"] = globals()[feature["ask"]](llm, job)
+        run["drafts"] = {name: value - run["drafts"][name] for name, value in drafts(llm).items()}
+        caches = rpc(rank_main.kv_caches)[0]
+        if stock_caches:
+            after = rpc("shift_stats")[0]
+            run["stats"] = {name: after[name] - before[name] for name in after}
+            pairs = zip(caches, stock_caches[number], strict=True)
+            run["kv_difference"] = max(float((ours - stock).abs().max() / stock.abs().max()) for ours, stock in pairs)
+        else:
+            run["caches"] = [cache.clone() for cache in caches]
+        runs.append(run)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+    gc.collect()
+    return runs
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    port = int(os.environ["MASTER_PORT"])
+    results: dict[str, Any] = {}
+    for number, feature in enumerate(job["features"]):
+        os.environ["MASTER_PORT"] = str(port + 2 * number)
+        stock = try_feature(job, feature, None)
+        caches = [run.pop("caches") for run in stock]
+        os.environ["MASTER_PORT"] = str(port + 2 * number + 1)
+        results[feature["name"]] = {"stock": stock, "ours": try_feature(job, feature, caches)}
+    (Path(job["folder"]) / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
