@@ -1,40 +1,111 @@
-"""Several ranks on one GPU, for correctness only: collectives go through host memory and gloo, because NCCL refuses it.
+"""Several ranks on one GPU, for correctness only: collectives go through shared host memory, because NCCL refuses it.
 
-CUDA graphs cannot record that, so engines run with ``cudagraph_mode`` NONE.
+Each collective is three things in a CUDA stream, which CUDA graphs record, too: a copy to the rank's place in memory
+that all ranks share, a host function that waits for the other ranks (meeting.c), and copies from their places.
 """
 
+import ctypes
+import mmap
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 from vllm.platforms.cuda import CudaPlatform
 
 from vllm_shift import exchange
 
+PLACE_BYTES = 64 << 20
+COUNTERS_BYTES = mmap.PAGESIZE
 
-class StagedCommunicator(DeviceCommunicatorBase):
-    """Collectives on copies in host memory."""
+_regions: dict[Any, "Region"] = {}
+
+
+class Region:
+    """The host memory that the ranks of a process group share: counters, then one place a rank."""
+
+    def __init__(self, cpu_group: Any) -> None:
+        self.rank, self.world = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
+        size = COUNTERS_BYTES + self.world * PLACE_BYTES
+        path = [tempfile.mkstemp(dir="/dev/shm")[1] if self.rank == 0 else None]
+        dist.broadcast_object_list(path, group=cpu_group, group_src=0)
+        with open(path[0], "r+b") as file:
+            file.truncate(size)
+            memory = mmap.mmap(file.fileno(), size)
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), size, 0))
+        dist.barrier(cpu_group)
+        if self.rank == 0:
+            os.unlink(path[0])
+        # Kept alive, because host functions in CUDA graphs point to it.
+        self._meeting = (ctypes.c_long * 3)(self._bytes.data_ptr(), self.rank, self.world)
+        self._cudart = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
+        self._meet = ctypes.CDLL(os.environ["SHARED_GPU_MEETING"]).meet
+
+    def meet(self) -> None:
+        """Let the current stream wait until all ranks' streams are here."""
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        error = self._cudart.cudaLaunchHostFunc(stream, self._meet, ctypes.byref(self._meeting))
+        assert error == 0, error
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr()))
+
+    def place(self, rank: int, like: torch.Tensor) -> torch.Tensor:
+        """A rank's place, as a tensor of this shape and dtype."""
+        assert like.nbytes <= PLACE_BYTES, like.shape
+        begin = COUNTERS_BYTES + rank * PLACE_BYTES
+        return self._bytes[begin : begin + like.nbytes].view(like.dtype).view(like.shape)
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """``x`` of every rank, on the device."""
+        x = x.contiguous()
+        self.place(self.rank, x).copy_(x, non_blocking=True)
+        self.meet()
+        gathered = [torch.empty_like(x) for _ in range(self.world)]
+        for rank, copy in enumerate(gathered):
+            copy.copy_(self.place(rank, x), non_blocking=True)
+        self.meet()  # before a place is written again
+        return gathered
+
+
+class StagedCommunicator(CudaCommunicator):
+    """Collectives through a ``Region``. A ``CudaCommunicator`` by name only: CUDA graphs ask for one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        DeviceCommunicatorBase.__init__(self, *args, **kwargs)
+        self.pynccl_comm = self.ca_comm = self.qr_comm = self.symm_mem_comm = self.fi_ar_comm = None
+        self.region = _regions[self.device_group] = Region(self.cpu_group)
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
-        return super().all_reduce(input_.cpu()).to(input_.device)
+        return torch.stack(self.region.gather(input_)).sum(0, dtype=torch.float32).to(input_.dtype)
 
     def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        return super().all_gather(input_.cpu(), dim).to(input_.device)
+        return torch.cat(self.region.gather(input_), dim)
 
     def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
-        gathered = super().gather(input_.cpu(), dst, dim)
-        return None if gathered is None else gathered.to(input_.device)
+        gathered = self.all_gather(input_, dim)
+        return gathered if self.rank_in_group == dst else None
+
+    def reduce_scatter(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return self.all_reduce(input_).chunk(self.world_size, dim)[self.rank_in_group].contiguous()
+
+    def destroy(self) -> None:
+        _regions.pop(self.device_group).close()
 
 
 def staged_all_to_all(received: torch.Tensor, x: torch.Tensor, group: Any) -> None:
-    host = torch.empty(x.shape, dtype=x.dtype)
-    dist.all_to_all_single(host, x.cpu(), group=group)
-    received.copy_(host)
+    region = _regions[group]
+    for block, sent in zip(received, region.gather(x), strict=True):
+        block.copy_(sent[region.rank])
 
 
 def engine_args() -> dict[str, Any]:
@@ -46,7 +117,7 @@ def engine_args() -> dict[str, Any]:
         "distributed_executor_backend": "external_launcher",
         "gpu_memory_utilization": 0.2,
         "kv_cache_memory_bytes": 2_000_000_000,
-        "compilation_config": {"cudagraph_mode": "NONE", "pass_config": {"fuse_allreduce_rms": False}},
+        "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
     }
 
 
@@ -62,10 +133,17 @@ def run_ranks(world: int) -> int:
         port = probe.getsockname()[1]
     env = os.environ | {"WORLD_SIZE": str(world), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     env |= {"MASTER_PORT": str(port), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *sys.argv], env=env | {"RANK": str(rank)}, stdout=None if rank == 0 else subprocess.DEVNULL
-        )
-        for rank in range(world)
-    ]
-    return max(abs(process.wait()) for process in ranks)
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
+    with tempfile.TemporaryDirectory() as folder:
+        env["SHARED_GPU_MEETING"] = library = f"{folder}/meeting.so"
+        source = Path(__file__).with_name("meeting.c")
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *sys.argv],
+                env=env | {"RANK": str(rank)},
+                stdout=None if rank == 0 else subprocess.DEVNULL,
+            )
+            for rank in range(world)
+        ]
+        return max(abs(process.wait()) for process in ranks)

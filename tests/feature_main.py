@@ -85,7 +85,8 @@ def drafts(llm: Any) -> dict[str, int]:
 
 def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list[Any] | None) -> Any:
     """One run per threshold, with the difference of its KV caches from stock's; or as many runs of stock vLLM."""
-    ours = {"ulysses_sequence_parallel_size": job["sp"], "enable_shift_parallel": True, "shift_parallel_threshold": 20}
+    ours = {"ulysses_sequence_parallel_size": job["sp"], "enable_shift_parallel": True}
+    ours["shift_parallel_threshold"] = job["start_threshold"]
     size = job["tp"] if stock_caches else job["sp"] * job["tp"]
     lines: list[str] = []
     handler = logging.Handler()
@@ -120,8 +121,8 @@ def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list
     return runs
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def try_features(job: dict[str, Any]) -> dict[str, Any]:
+    """All features of a job, each with stock vLLM first; results by name."""
     port = int(os.environ["MASTER_PORT"])
     results: dict[str, Any] = {}
     for number, feature in enumerate(job["features"]):
@@ -130,6 +131,12 @@ def main() -> None:
         caches = [run.pop("caches") for run in stock]
         os.environ["MASTER_PORT"] = str(port + 2 * number + 1)
         results[feature["name"]] = {"stock": stock, "ours": try_feature(job, feature, caches)}
+    return results
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    results = try_features(job)
     (Path(job["folder"]) / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 

@@ -37,14 +37,19 @@ def prompts() -> list[list[int]]:
     return [*tiny.prompts()[1:6:2], tiny.prompts()[-2], [9, 10, 11] * 30]
 
 
-def run(world: int, sp: int, tp: int, features: dict[str, dict[str, Any]], model: str, folder: Path) -> list[dict]:
-    common = {
+def common(model: str) -> dict[str, Any]:
+    """Arguments of every engine."""
+    return {
         "model": model, "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 128,
         "max_num_seqs": 8, "kv_cache_memory_bytes": 8 << 20, "block_size": 32, "seed": 0, "disable_log_stats": False,
         "distributed_executor_backend": "external_launcher",
     }  # fmt: skip
+
+
+def run(world: int, sp: int, tp: int, features: dict[str, dict[str, Any]], model: str, folder: Path) -> list[dict]:
     job = {
-        "folder": str(folder), "sp": sp, "tp": tp, "thresholds": THRESHOLDS, "prompts": prompts(), "common": common,
+        "folder": str(folder), "sp": sp, "tp": tp, "start_threshold": 20, "thresholds": THRESHOLDS,
+        "prompts": prompts(), "common": common(model),
         "features": [{"name": name} | feature for name, feature in features.items()],
     }  # fmt: skip
     return run_ranks("feature_main.py", world, folder, job, ports=2 * len(features))

@@ -108,21 +108,6 @@ UNCHECKED_LIMITS = (
 
 ENGINE_LIMITS = (
     Limit(
-        "pooling models on CUDA",
-        _on_cuda(lambda config: config.model_config.runner_type != "generate"),
-        "tried on the CPU backend only; use --runner generate",
-    ),
-    Limit(
-        "prompt embeddings on CUDA",
-        _on_cuda(lambda config: config.model_config.enable_prompt_embeds),
-        "tried on the CPU backend only; leave out --enable-prompt-embeds",
-    ),
-    Limit(
-        "speculative decoding on CUDA",
-        _on_cuda(lambda config: config.speculative_config and config.speculative_config.method),
-        "tried on the CPU backend only; leave out --speculative-config",
-    ),
-    Limit(
         "pipeline parallelism on CUDA",
         _on_cuda(_above_one("pipeline_parallel_size")),
         "tried on the CPU backend only; set --pipeline-parallel-size 1",

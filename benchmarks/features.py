@@ -1,0 +1,124 @@
+"""vLLM's features and further models in both modes on CUDA, against stock vLLM with TP=2.
+
+Asks what ``tests/test_features.py`` asks, in fp32 by default. Two ranks share the first GPU (shared_gpu.py), with
+compiled code and CUDA graphs unless --eager is given. Prints one line a feature, on tokens, log-probabilities and KV
+caches. Examples: python benchmarks/features.py ngram eagle
+                  python benchmarks/features.py tokens --model deepseek --dtype bfloat16
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import feature_main
+import shared_gpu
+import test_features
+import tiny
+import transformers
+
+# Architectures that vLLM's CPU backend cannot run.
+CUDA_MODELS = {
+    # Multi-head latent attention.
+    "deepseek": (
+        transformers.DeepseekV2Config,
+        {
+            "num_key_value_heads": 8, "kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64, "head_dim": 64,
+            "qk_nope_head_dim": 128, "v_head_dim": 128, "n_routed_experts": 8, "n_shared_experts": 1,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
+            "n_group": 1, "topk_group": 1, "topk_method": "greedy",
+        },
+    ),
+    # Attention sinks.
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {
+            "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256,
+            "pad_token_id": 0, **tiny.LAYER_TYPES,
+        },
+    ),
+    # Mamba layers beside attention.
+    "granite_hybrid": (
+        transformers.GraniteMoeHybridConfig,
+        {
+            "layer_types": ["mamba", "attention", "mamba"], "num_attention_heads": 4, "num_local_experts": 4,
+            "num_experts_per_tok": 2, "intermediate_size": 128, "shared_intermediate_size": 192, "mamba_n_heads": 16,
+            "mamba_d_head": 32, "mamba_d_state": 64, "mamba_n_groups": 2, "pad_token_id": 0,
+            "position_embedding_type": "rope",
+        },
+    ),
+    # Mamba and attention in the same layer.
+    "falcon_h1": (
+        transformers.FalconH1Config,
+        {
+            "num_attention_heads": 4, "head_dim": 64, "mamba_n_heads": 16, "mamba_d_head": 32, "mamba_d_ssm": 512,
+            "mamba_d_state": 64, "mamba_n_groups": 2, "pad_token_id": 0,
+        },
+    ),
+}  # fmt: skip
+
+
+def job_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The job of ``feature_main``, for this GPU."""
+    model = str(tiny.make_checkpoint(args.model, folder))
+    features = test_features.features(model, folder) | {"tokens": {"ask": "tokens", "args": {}}}
+    features["eagle3"] = test_features.speculative(method="eagle3", model=str(tiny.make_drafter("eagle3", folder)))
+    common = test_features.common(model) | shared_gpu.engine_args()
+    common |= {"enforce_eager": args.eager, "dtype": args.dtype}
+    del common["block_size"]
+    if args.dtype == "float32":
+        # Of the attention kernels for CUDA, these take fp32.
+        common["attention_config"] = {"backend": "TRITON_ATTN"}
+    return {
+        "sp": 2, "tp": 1, "start_threshold": args.threshold, "thresholds": [args.threshold], "common": common,
+        "prompts": test_features.prompts(), "features": [{"name": name} | features[name] for name in args.names],
+    }  # fmt: skip
+
+
+def compare(stock: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, Any]:
+    """How the runs of our engine differ from those of stock vLLM."""
+    found: dict[str, Any] = {"outputs": 0, "other_tokens": 0, "largest_difference": 0.0}
+    for their_run, our_run in zip(stock, ours, strict=True):
+        for theirs, our in zip(their_run["outputs"], our_run["outputs"], strict=True):
+            found["outputs"] += 1
+            if theirs["tokens"] != our["tokens"]:
+                found["other_tokens"] += 1
+                continue
+            pairs = zip(theirs["numbers"], our["numbers"], strict=True)
+            found["largest_difference"] = max([found["largest_difference"], *(abs(a - b) for a, b in pairs)])
+    found["kv_difference"] = max(run["kv_difference"] for run in ours)
+    found["drafts"] = [[run["drafts"] for run in runs] for runs in (stock, ours)]
+    found["steps"] = [run["stats"] for run in ours]
+    found["self_check"] = [line for line in ours[0]["lines"] if "self-check" in line]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="+", metavar="feature",
+        help="sampling, 'prompt embeddings', ngram, eagle, eagle3, 'draft model', pooling, or tokens",
+    )  # fmt: skip
+    tiny.MORE_CONFIGS.update(CUDA_MODELS)
+    parser.add_argument("--model", default="llama", choices=tiny.CONFIGS | tiny.MORE_CONFIGS)
+    parser.add_argument("--dtype", default="float32")
+    # The threshold cannot change between runs: CUDA graphs were captured with it.
+    parser.add_argument("--threshold", type=int, default=48, help="0 is SP mode always; 48, for prefills only")
+    parser.add_argument("--eager", action="store_true", help="without compiled code and CUDA graphs")
+    args = parser.parse_args()
+    if not shared_gpu.is_rank():
+        sys.exit(shared_gpu.run_ranks(2))
+    with tempfile.TemporaryDirectory() as folder:
+        results = feature_main.try_features(job_of(args, Path(folder)))
+    row = vars(args) | {"v2_runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "default")}
+    for name, runs in results.items():
+        print("RESULT", json.dumps(row | {"names": name} | compare(**runs)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
