@@ -327,34 +327,38 @@ class SelfCheck:
 
     def _explain(self, first: Difference, lengths: list[int]) -> str:
         located = self._locate(lengths)
+        where = f"{first.place} is the first to differ (by {first.error:.2g} of a vector's length, {first.allowed:.2g} "
+        where += "is rounding)"
         if located is None:
-            where = f"{first.place} is the first to differ, and only with compiled traces or CUDA graphs"
+            where += ", and only with compiled traces or CUDA graphs"
         else:
-            where, first = f"{located.place} is the first to differ", located
+            where += f"; module by module, {located.place} is (by {located.error:.2g}, allowed {located.allowed:.2g})"
         return (
-            f"Shift Parallelism: the self-check failed, so this engine would give wrong results. The same tokens "
-            f"through TP mode and SP mode must give the same values; {where} (by {first.error:.2g} of a vector's "
-            f"length, {first.allowed:.2g} is rounding). Please report it with the model's name; until then start the "
-            "server without Ulysses sequence parallelism."
+            "Shift Parallelism: the self-check failed, so this engine would give wrong results. The same tokens "
+            f"through TP mode and SP mode must give the same values; {where}. Please report it with the model's name; "
+            "until then start the server without Ulysses sequence parallelism."
         )
 
     def _locate(self, lengths: list[int]) -> Difference | None:
         """Run both modes again, every module by itself, and find the first one whose output differs."""
-        # By module and call: layers share some modules, as the rotary embedding.
+        # By module and call: layers share some modules, as the rotary embedding, which is named after the first.
         outputs: dict[str, Iterator[list[torch.Tensor]]] = {}
         recorded: dict[str, list[list[torch.Tensor]]] = defaultdict(list)
         differences: list[Difference] = []
         sp, sp_rank = self._switch.dims.sp, self._switch.dims.sp_rank
         rows = self._switch.dims.local_tokens(sum(lengths))
         own = slice(sp_rank * rows, (sp_rank + 1) * rows)
+        layer = 0
 
         def record(name: str, output: Any) -> None:
+            nonlocal layer
             tensors = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
             if not self._switch.in_sp:
                 kept = [x[own] if x.dim() and len(x) == sum(lengths) else x.new_empty(0) for x in tensors]
                 # Copies, because modules change their inputs in place.
                 recorded[name].append([x.to("cpu", copy=True) for x in kept])
                 return
+            layer = max(layer, _layer(name))
             calls = outputs.setdefault(name, iter(recorded[name]))
             for expected, x in zip(next(calls, []), tensors, strict=False):
                 if not len(expected) or not x.dim():
@@ -365,7 +369,7 @@ class SelfCheck:
                     x = x[own]
                 x = x[: len(expected)]
                 if x.shape == expected.shape and x.is_floating_point():
-                    differences.append(self._difference(name, _layer(name), expected.to(x.device), x))
+                    differences.append(self._difference(name, layer, expected.to(x.device), x))
 
         model = self._runner.get_model()
         # What runs inside a gathered module has the rows of all tokens, in another order than a folded view.
