@@ -46,8 +46,9 @@ CUDA_MODELS = {
     "granite_hybrid": (
         transformers.GraniteMoeHybridConfig,
         {
-            "layer_types": ["mamba", "attention", "mamba"], "num_attention_heads": 4, "num_local_experts": 4,
-            "num_experts_per_tok": 2, "intermediate_size": 128, "shared_intermediate_size": 192, "mamba_n_heads": 16,
+            "layer_types": ["mamba", "attention", "mamba"], "num_attention_heads": 4, "head_dim": 64,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128,
+            "shared_intermediate_size": 192, "mamba_n_heads": 16,
             "mamba_d_head": 32, "mamba_d_state": 64, "mamba_n_groups": 2, "pad_token_id": 0,
             "position_embedding_type": "rope",
         },
