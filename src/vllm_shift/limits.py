@@ -30,6 +30,9 @@ ARCHITECTURES = (
 # All of them fill parameters through the weight loaders that know the slots.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy")
 
+# The layers check the details (quantized.py).
+QUANTIZATIONS = ("compressed-tensors", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor")
+
 # A draft model of any of these runs in TP mode only.
 SPECULATIVE_METHODS = ("ngram", "eagle", "eagle3", "draft_model")
 
@@ -88,7 +91,11 @@ MODEL_LIMITS = (
         f"use one of {', '.join(ARCHITECTURES)}",
     ),
     Limit("attention-free models", lambda model: model.is_attention_free, "use a model with attention layers"),
-    Limit("quantization", lambda model: model.quantization, "use an unquantized checkpoint"),
+    Limit(
+        "quantization methods other than FP8 and compressed-tensors",
+        lambda model: model.quantization and _not_in(model.quantization, QUANTIZATIONS),
+        f"use one of {', '.join(QUANTIZATIONS)}, or an unquantized checkpoint",
+    ),
     Limit(
         "model implementations other than vLLM's own",
         _foreign_implementation,

@@ -1,0 +1,162 @@
+"""Quantized layers, one process in the place of each rank: TP mode equals vLLM's layer of TP=P, SP mode that of TP=T."""
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from quantize import FORMS, FP8_MAX
+from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
+
+from vllm_shift import layers
+from vllm_shift.dims import ParallelDims
+
+HIDDEN, HEADS, KV_HEADS, HEAD, MIDDLE = 256, 8, 4, 32, 512
+KINDS = ("qkv", "gate_up", "down")
+LAYOUTS = [(2, 1), (2, 2), (4, 1)]
+
+
+def scaled_fp8_quant(x, scale=None, use_per_token_if_dynamic=False, **_):
+    """What vLLM's CUDA kernel does, which its CPU build does not have."""
+    if scale is None:
+        largest = x.abs().amax(-1, keepdim=True) if use_per_token_if_dynamic else x.abs().amax().reshape(1)
+        scale = largest.float() / FP8_MAX
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_config():
+    model = mock.MagicMock(spec=ModelConfig, dtype=torch.bfloat16, is_moe=False)
+    config = VllmConfig(device_config=DeviceConfig("cpu"))
+    config.model_config = model
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with set_current_vllm_config(config), mock.patch("vllm._custom_ops.scaled_fp8_quant", scaled_fp8_quant):
+        yield config
+    torch.set_default_dtype(default)
+
+
+def quant_config(form):
+    if form == "online":
+        config = get_quantization_config("fp8").from_config({"quant_method": "fp8", "activation_scheme": "dynamic"})
+        config.is_checkpoint_fp8_serialized = False
+    else:
+        settings = FORMS[form][1]
+        config = get_quantization_config(settings["quant_method"]).from_config(settings)
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    return config
+
+
+def checkpoint(kind):
+    """bf16 weights and biases of a layer, by the shard ids that loaders take."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {
+        "qkv": {"q": HEADS * HEAD, "k": KV_HEADS * HEAD, "v": KV_HEADS * HEAD},
+        "gate_up": {0: MIDDLE, 1: MIDDLE},
+        "down": {None: HIDDEN},
+    }[kind]
+    columns = MIDDLE if kind == "down" else HIDDEN
+    return {
+        shard: (
+            (torch.randn(size, columns, generator=generator) * (1 + size / 500)).bfloat16(),
+            torch.randn(size, generator=generator).bfloat16(),
+        )
+        for shard, size in rows.items()
+    }
+
+
+def make(kind, form, world, rank, switch=None):
+    """A layer of vLLM, or with ``switch`` of ours, on one rank, with the weights loaded and processed."""
+    with ExitStack() as stack:
+        for module in ("linear", "parameter"):
+            path = "vllm.model_executor." + ("layers.linear" if module == "linear" else "parameter")
+            stack.enter_context(mock.patch(f"{path}.get_tensor_model_parallel_world_size", lambda: world))
+            stack.enter_context(mock.patch(f"{path}.get_tensor_model_parallel_rank", lambda: rank))
+        if switch is not None:
+            stack.enter_context(layers.slotted_layers(switch))
+        config = quant_config(form)
+        if kind == "qkv":
+            layer = linear.QKVParallelLinear(
+                HIDDEN, HEAD, HEADS, KV_HEADS, quant_config=config, prefix="layers.0.qkv_proj"
+            )
+        elif kind == "gate_up":
+            layer = linear.MergedColumnParallelLinear(
+                HIDDEN, [MIDDLE, MIDDLE], quant_config=config, prefix="layers.0.gate_up_proj"
+            )
+        else:
+            layer = linear.RowParallelLinear(MIDDLE, HIDDEN, quant_config=config, prefix="layers.0.down_proj")
+        for shard, (weight, bias) in checkpoint(kind).items():
+            parts = {"weight": weight} if form == "online" else FORMS[form][0](weight.float())[0]
+            for name, x in (parts | {"bias": bias}).items():
+                param = getattr(layer, name)
+                param.weight_loader(param, x, *([] if shard is None else [shard]))
+        if form == "online":
+            model_config = SimpleNamespace(dtype=torch.bfloat16)
+            finalize_layerwise_processing(torch.nn.Sequential(layer), model_config)
+        layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def product(layer, x):
+    """Without the all-reduce of a row-parallel layer."""
+    return layer.quant_method.apply(layer, x, layer.bias if not hasattr(layer, "reduce_results") else None)
+
+
+def slot_of(kind, out, world, slot):
+    """The columns of ``out`` [n, outputs of TP=T] that are those of one of ``world`` shards."""
+    if kind == "down":
+        return out
+    counts = [HEADS, KV_HEADS, KV_HEADS] if kind == "qkv" else [1, 1]
+    sizes = [count * HEAD for count in counts] if kind == "qkv" else [MIDDLE, MIDDLE]
+    share = out.shape[-1] / sum(sizes)
+    parts = out.split([int(size * share) for size in sizes], dim=-1)
+    return torch.cat([part.chunk(world, -1)[slot] for part in parts], dim=-1)
+
+
+@pytest.mark.parametrize("form", ["online", "fp8", "fp8-static", "fp8-channel", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("sp", "tp"), LAYOUTS)
+def test_both_modes_equal_vllms_layers(form, kind, sp, tp):
+    generator = torch.Generator().manual_seed(1)
+    n = 5
+    for rank in range(sp * tp):
+        dims = ParallelDims(sp, tp, rank)
+        switch = SimpleNamespace(dims=dims, in_sp=False, all_reduce_tp=lambda x: x)
+        ours = make(kind, form, dims.world, rank, switch)
+        of_p, of_t = make(kind, form, dims.world, rank), make(kind, form, tp, dims.tp_rank)
+        width = MIDDLE // tp if kind == "down" else HIDDEN
+        x = torch.randn(n, width, generator=generator).bfloat16()
+        whole = product(of_t, x)
+        switch.in_sp = True
+        ours.skip_bias_add = kind == "down"
+        folded = x.view(n * sp, -1) if kind == "down" else x
+        found, _ = ours(folded)
+        if kind == "down":
+            assert torch.equal(found, whole)
+        else:
+            found = found.view(n, sp, -1)
+            for slot in range(sp):
+                assert torch.equal(found[:, slot], slot_of(kind, whole, sp, slot))
+        switch.in_sp = False
+        own = x[:, : MIDDLE // dims.world] if kind == "down" else x
+        expected = product(of_p, own)
+        if form == "online" and kind != "down":
+            # Its one scale is that of TP=T in both modes.
+            expected = found[:, dims.sp_rank]
+        assert torch.equal(product(ours, own), expected)
+
+
+@pytest.mark.parametrize("form", ["online", "fp8", "fp8-channel"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_copy_where_the_format_can_be_sliced(form, kind):
+    dims = ParallelDims(2, 1, 1)
+    layer = make(kind, form, 2, 1, SimpleNamespace(dims=dims, in_sp=False))
+    one_copy = kind != "down"
+    same = layer.weight.untyped_storage().data_ptr() == layer.whole.weight.untyped_storage().data_ptr()
+    assert same == one_copy
+    assert layer.second_copy >= (0 if one_copy else layer.weight.numel())
+    assert (layer.second_copy == 0) == one_copy
