@@ -1,4 +1,7 @@
-"""Quantized layers, one process in the place of each rank: TP mode equals vLLM's layer of TP=P, SP mode that of TP=T."""
+"""Quantized layers, one process in the place of each rank: TP mode equals vLLM's layer of TP=P, SP mode that of TP=T.
+
+vLLM's CPU build has its INT8 kernel, and PyTorch's for FP8; what quantizes to FP8 on CUDA is replaced here.
+"""
 
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -47,7 +50,10 @@ def quant_config(form):
     else:
         settings = FORMS[form][1]
         config = get_quantization_config(settings["quant_method"]).from_config(settings)
-    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    config.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
     return config
 
 
@@ -74,8 +80,8 @@ def make(kind, form, world, rank, switch=None):
     with ExitStack() as stack:
         for module in ("linear", "parameter"):
             path = "vllm.model_executor." + ("layers.linear" if module == "linear" else "parameter")
-            stack.enter_context(mock.patch(f"{path}.get_tensor_model_parallel_world_size", lambda: world))
-            stack.enter_context(mock.patch(f"{path}.get_tensor_model_parallel_rank", lambda: rank))
+            stack.enter_context(mock.patch(f"{path}.get_tensor_model_parallel_world_size", return_value=world))
+            stack.enter_context(mock.patch(f"{path}.get_tensor_model_parallel_rank", return_value=rank))
         if switch is not None:
             stack.enter_context(layers.slotted_layers(switch))
         config = quant_config(form)

@@ -146,15 +146,17 @@ class _SlottedColumn(_SlottedLinear, ColumnParallelLinear):
             self.refusal = f"gather_output={self.gather_output}, skip_bias_add={self.skip_bias_add}"
         self._make_slots(column=True)
 
+    def _whole_bias(self) -> torch.Tensor | None:
+        if self.whole is not None:
+            bias: torch.Tensor | None = self.whole.bias
+            return bias
+        return None if self.bias_slots is None else self.bias_slots.whole
+
     def forward(self, input_: torch.Tensor) -> Any:
         """In SP mode: ``input_`` [n, in] gives [n*S, out/P]; else vLLM's own forward."""
         if not self.runs_in_sp():
             return super().forward(input_)
-        if self.whole is not None:
-            bias = self.whole.bias
-        else:
-            bias = None if self.bias_slots is None else self.bias_slots.whole
-        out = self._matmul(input_, bias)
+        out = self._matmul(input_, self._whole_bias())
         out = out.view(-1, out.shape[-1] // self.switch.dims.sp)
         return (out, None) if self.return_bias else out
 

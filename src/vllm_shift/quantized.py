@@ -90,7 +90,7 @@ class WholeLinear(LinearBase):
         # Its weights come from the slots, also where vLLM quantizes them online.
         get_layerwise_info(self).reset()
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # type: ignore[override]
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product with ``x``, [n, input size of TP=T] or folded, in vLLM's own way: [n, output size of TP=T]."""
         out: torch.Tensor = self.method.apply(self, x.reshape(-1, self.input_size_per_partition), bias)
         return out
@@ -204,7 +204,7 @@ class TwoModeMethod(LinearMethodBase):
         layer.whole, layer.quant_method = self._whole, self._stock
 
 
-def share(layer: nn.Module, whole: nn.Module, dims: ParallelDims, is_scale_free: bool) -> bool:
+def share(layer: Any, whole: Any, dims: ParallelDims, is_scale_free: bool) -> bool:
     """Make processed TP=P weights views of the whole's, where they are dense slices of it.
 
     Only weights: scales are small, and some kernels keep pointers to them.
@@ -230,7 +230,7 @@ def share(layer: nn.Module, whole: nn.Module, dims: ParallelDims, is_scale_free:
         if part.shape != param.shape or part.stride() != param.stride():
             continue
         if is_scale_free and param.is_floating_point():
-            layer.weight_scale.data.copy_(whole.weight_scale.data)  # type: ignore[union-attr, operator]
+            layer.weight_scale.data.copy_(whole.weight_scale.data)
         elif not torch.equal(_bits(part), _bits(param.data)):
             continue
         param.data = part
