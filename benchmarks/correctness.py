@@ -43,7 +43,7 @@ def make_checkpoint(folder: Path) -> Any:
 
 def quantize(reference: Any, source: Path, form: str) -> Path:
     """Quantize the checkpoint, and give the reference the weights that it stands for then."""
-    path = source / form
+    path = source.with_name(form)
     weights = quantize_checkpoint(source, form, path)
     reference.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False)
     return path
@@ -71,7 +71,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 1000, (length,), generator=generator).tolist() for length in LENGTHS]
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder)
+        model = Path(folder) / "plain"
         reference = make_checkpoint(model)
         if args.form:
             model = quantize(reference, model, args.form)

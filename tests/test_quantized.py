@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise
 
 from vllm_shift import layers
 from vllm_shift.dims import ParallelDims
+from vllm_shift.quantized import check_method
 
 HIDDEN, HEADS, KV_HEADS, HEAD, MIDDLE = 256, 8, 4, 32, 512
 KINDS = ("qkv", "gate_up", "down")
@@ -166,3 +167,9 @@ def test_one_copy_where_the_format_can_be_sliced(form, kind):
     assert same == one_copy
     assert layer.second_copy >= (0 if one_copy else layer.weight.numel())
     assert (layer.second_copy == 0) == one_copy
+
+
+def test_other_methods_are_refused_by_name():
+    layer = SimpleNamespace(prefix="layers.3.qkv_proj", quant_method=SimpleNamespace())
+    with pytest.raises(NotImplementedError, match=r"layers.3.qkv_proj: .* SimpleNamespace; it supports .*Fp8Linear"):
+        check_method(layer)

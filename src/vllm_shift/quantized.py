@@ -18,14 +18,21 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm_shift.dims import ParallelDims
 from vllm_shift.slots import Impersonate, Slots
 
-# vLLM's classes whose layers are known to work, by name; those of compressed-tensors are called schemes.
-METHODS = (
-    "Fp8LinearMethod",
-    "Fp8PerBlockOnlineLinearMethod",
-    "Fp8PerTensorOnlineLinearMethod",
-    "Fp8PtpcOnlineLinearMethod",
-)
-SCHEMES = ("CompressedTensorsW8A8Fp8", "CompressedTensorsW8A8Int8")
+# vLLM's classes whose layers are known to work (those of compressed-tensors are called schemes), and whether they
+# quantize the layer's input, too.
+METHODS = {
+    "CompressedTensorsW8A8Fp8": True,
+    "CompressedTensorsW8A8Int8": True,
+    "Fp8LinearMethod": True,
+    "Fp8PerBlockOnlineLinearMethod": True,
+    "Fp8PerTensorOnlineLinearMethod": True,
+    "Fp8PtpcOnlineLinearMethod": True,
+}
+
+
+def method_name(layer: Any, method: Any) -> str:
+    """The class of a layer's quantization method, or of its scheme."""
+    return type(layer.scheme if type(method).__name__ == "CompressedTensorsLinearMethod" else method).__name__
 
 
 def check_method(layer: Any) -> None:
@@ -34,13 +41,16 @@ def check_method(layer: Any) -> None:
     Raises:
         NotImplementedError: names the layer, the method, and those that would work.
     """
-    name = type(layer.quant_method).__name__
-    if name == "CompressedTensorsLinearMethod":
-        name = type(layer.scheme).__name__
-    if name not in METHODS + SCHEMES:
+    if (name := method_name(layer, layer.quant_method)) not in METHODS:
         raise NotImplementedError(
-            f"{layer.prefix}: Shift Parallelism does not support {name}; it supports {', '.join(METHODS + SCHEMES)}"
+            f"{layer.prefix}: Shift Parallelism does not support {name}; it supports {', '.join(METHODS)}"
         )
+
+
+def quantizes_inputs(model: nn.Module) -> bool:
+    """Whether a layer of the model quantizes its input, so that the modes round differently."""
+    wholes = [module for module in model.modules() if isinstance(module, WholeLinear)]
+    return any(METHODS[method_name(whole, whole.method)] for whole in wholes)
 
 
 class WholeLinear(LinearBase):

@@ -22,6 +22,7 @@ from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
+from vllm_shift.quantized import quantizes_inputs
 from vllm_shift.switch import ModeSwitch
 
 logger = init_logger(f"vllm.{__name__}")
@@ -36,9 +37,14 @@ MOST_ALLOWED = 0.5
 # Share of vectors of a mixture-of-experts model that may differ more: rounding may send a token to another expert.
 MOE_SHARE = 0.25
 
-# Where inputs are quantized by each rank for itself, the modes quantize different parts of a row-parallel layer's input
-# together, and round differently: by 3.7 % of a vector with FP8 scales, which adds up over the layers, too.
-QUANTIZED_PER_LAYER = 0.1
+# The same where inputs are quantized: some tokens have far larger values than others, and errors with them.
+QUANTIZED_SHARE = 0.25
+
+# Where layers quantize their inputs, the modes round differently: a row-parallel layer's input has one scale for 1/T of
+# a token in SP mode, for 1/P in TP mode. In SmolLM2-135M, three quarters of the vectors differ by less than 0.045 in
+# layer 1 and 0.14 in layer 29 with FP8, 0.076 and 0.22 with INT8 (S=3, simulated). No layer comes before layer 0, whose
+# keys and values are held to rounding. Errors of layers are independent, so that they add up like their square root.
+ALLOWED_BY_QUANTIZATION = 0.15
 
 _EVERYTHING = 1 << 30
 
@@ -112,11 +118,10 @@ class SelfCheck:
         model_config = worker.model_config
         self._dtype, self._layers = model_config.dtype, model_config.get_total_num_hidden_layers()
         self._share = MOE_SHARE if model_config.is_moe and self._dtype != torch.float32 else 0.0
-        modules = worker.model_runner.get_model().modules()
-        self._is_quantized = any(getattr(module, "whole", None) is not None for module in modules)
-        if self._is_quantized:
-            # Fewer than one rank's tokens, so that a bug of one rank shows.
-            self._share = min(MOE_SHARE, 0.5 / self._switch.dims.sp)
+        self._quantizes = quantizes_inputs(worker.model_runner.get_model())
+        if self._quantizes:
+            # Half of one rank's tokens, so that a bug of one rank shows.
+            self._share = max(self._share, min(QUANTIZED_SHARE, 0.5 / self._switch.dims.sp))
         self._vocabulary = model_config.get_vocab_size()
         speculative = worker.vllm_config.speculative_config
         # A draft model writes that far beyond a prompt.
@@ -325,7 +330,7 @@ class SelfCheck:
 
     def _difference(self, place: str, layer: int, expected: torch.Tensor, found: torch.Tensor) -> Difference:
         error = relative_error(expected, found, self._share)
-        return Difference(place, layer, error, allowed_error(self._dtype, layer, self._is_quantized))
+        return Difference(place, layer, error, allowed_error(self._dtype, layer, self._quantizes))
 
     def _explain(self, first: Difference, lengths: list[int]) -> str:
         located = self._locate(lengths)
@@ -367,7 +372,9 @@ class SelfCheck:
                     x = x[own]
                 x = x[: len(expected)]
                 if x.shape == expected.shape and x.is_floating_point():
-                    differences.append(self._difference(name, _layer(name), expected.to(x.device), x))
+                    # What comes out of a layer has been through its row-parallel parts.
+                    layer = _layer(name) + self._quantizes
+                    differences.append(self._difference(name, layer, expected.to(x.device), x))
 
         model = self._runner.get_model()
         hooks = [
@@ -385,18 +392,19 @@ class SelfCheck:
         return _agree(next((difference for difference in differences if difference.fails), None))
 
 
-def allowed_error(dtype: torch.dtype, layer: int, is_quantized: bool = False) -> float:
+def allowed_error(dtype: torch.dtype, layer: int, quantizes: bool = False) -> float:
     """Largest difference of a vector (one token's hidden state, key or value of a head), relative to its length.
 
     Args:
         dtype: of the model.
         layer: number of transformer layers before the vector.
-        is_quantized: whether linear layers are.
+        quantizes: whether linear layers quantize their inputs.
     """
     per_layer = max(ROUNDINGS_PER_LAYER * torch.finfo(dtype).eps, LEAST_ALLOWED_PER_LAYER)
-    if is_quantized:
-        per_layer = QUANTIZED_PER_LAYER
-    return min(per_layer * (1 + layer), MOST_ALLOWED)
+    allowed = per_layer * (1 + layer)
+    if quantizes:
+        allowed = max(allowed, ALLOWED_BY_QUANTIZATION * math.sqrt(layer))
+    return min(allowed, MOST_ALLOWED)
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor, share: float) -> float:
