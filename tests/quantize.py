@@ -57,6 +57,47 @@ def int8(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     return {"weight": quantized, "weight_scale": scale}, quantized.float() * scale
 
 
+def _four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[outputs, inputs] as whole numbers 0 to 15 around 8, scales [outputs, groups], and what they stand for."""
+    groups = weight.view(weight.shape[0], -1, GROUP)
+    scale = (groups.abs().amax(-1) / 7).bfloat16()
+    quantized = (groups / scale.float().unsqueeze(-1)).round().clamp(-8, 7)
+    used = quantized * scale.float().unsqueeze(-1)
+    return (quantized + 8).view(weight.shape).to(torch.int32), scale, used.view(weight.shape)
+
+
+def _pack(values: torch.Tensor, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -> torch.Tensor:
+    """Eight neighbours of the last dimension in one int32, the first of ``order`` lowest."""
+    parts = values.unflatten(-1, (-1, 8))
+    packed = torch.zeros(parts.shape[:-1], dtype=torch.int64)
+    for place, index in enumerate(order):
+        packed |= parts[..., index].long() << (4 * place)
+    return packed.to(torch.int32)
+
+
+def int4(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+    """Groups of 32 inputs, in compressed-tensors' packing."""
+    quantized, scale, used = _four_bits(weight)
+    shape = torch.tensor(weight.shape)
+    return {"weight_packed": _pack(quantized), "weight_scale": scale, "weight_shape": shape}, used
+
+
+def awq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+    """Groups of 32 inputs, in AWQ's packing."""
+    quantized, scale, used = _four_bits(weight)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    zeros = torch.full_like(scale.t(), 8, dtype=torch.int32)
+    return {"qweight": _pack(quantized.t(), order), "qzeros": _pack(zeros, order), "scales": scale.t()}, used
+
+
+def gptq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+    """Groups of 32 inputs, in GPTQ's packing, whose zeros are stored less one."""
+    quantized, scale, used = _four_bits(weight)
+    zeros = _pack(torch.full_like(scale.t(), 7, dtype=torch.int32))
+    groups = torch.arange(weight.shape[1], dtype=torch.int32) // GROUP
+    return {"qweight": _pack(quantized).t(), "qzeros": zeros, "scales": scale.t(), "g_idx": groups}, used
+
+
 def _compressed_tensors(form: str, weights: dict, activations: dict | None) -> dict:
     group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False} | weights}
     if activations is not None:
@@ -87,6 +128,20 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], tuple[Parts, torch.Tensor]], dic
         _compressed_tensors(
             "int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, {"num_bits": 8, "type": "int"}
         ),
+    ),
+    "int4": (
+        int4,
+        _compressed_tensors(
+            "pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}, None
+        ),
+    ),
+    "awq": (
+        awq,
+        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    ),
+    "gptq": (
+        gptq,
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False},
     ),
 }
 

@@ -9,7 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
+from mutations import MUTATIONS_OF_QUANTIZED
 from quantize import FORMS, FP8_MAX
+from rank_group import QUANTIZED
 from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import get_quantization_config
@@ -51,6 +53,8 @@ def quant_config(form):
     else:
         settings = FORMS[form][1]
         config = get_quantization_config(settings["quant_method"]).from_config(settings)
+    if form == "gptq":  # which vLLM reads from the checkpoint's files
+        config.modules_in_block_to_quantize = [f"{name}_proj" for name in ("q", "k", "v", "gate", "up", "down")]
     config.packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -124,7 +128,7 @@ def slot_of(kind, out, world, slot):
     return torch.cat([part.chunk(world, -1)[slot] for part in parts], dim=-1)
 
 
-@pytest.mark.parametrize("form", ["online", "fp8", "fp8-static", "fp8-channel", "int8"])
+@pytest.mark.parametrize("form", ["online", "fp8", "fp8-static", "fp8-channel", "int8", "int4", "awq", "gptq"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("sp", "tp"), LAYOUTS)
 def test_both_modes_equal_vllms_layers(form, kind, sp, tp):
@@ -169,7 +173,58 @@ def test_one_copy_where_the_format_can_be_sliced(form, kind):
     assert (layer.second_copy == 0) == one_copy
 
 
+@pytest.mark.parametrize("form", ["fp8-channel", "int4"])
+def test_a_layer_that_stops_shifting_keeps_its_shard_alone(form):
+    rank = 1
+    layer = make("gate_up", form, 2, rank, SimpleNamespace(dims=ParallelDims(2, 1, rank), in_sp=False))
+    x = torch.randn(5, HIDDEN).bfloat16()
+    expected = product(layer, x)
+    layer.stop_shifting()
+    assert layer.whole is None
+    assert torch.equal(product(layer, x), expected)
+    for parameter in layer.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
 def test_other_methods_are_refused_by_name():
     layer = SimpleNamespace(prefix="layers.3.qkv_proj", quant_method=SimpleNamespace())
     with pytest.raises(NotImplementedError, match=r"layers.3.qkv_proj: .* SimpleNamespace; it supports .*Fp8Linear"):
         check_method(layer)
+
+
+def assert_same(found, expected):
+    assert len(found["outputs"]) == len(expected["outputs"]) > 0
+    for ours, theirs in zip(found["outputs"], expected["outputs"], strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_engines_equal_stock_vllm_of_their_tp_degree(groups, form):
+    for result in groups(2).results:
+        in_sp, in_tp = result[f"{form}-2x1"]
+        assert in_sp["stats"]["tp_steps"] == in_tp["stats"]["sp_steps"] == 0
+        assert_same(in_tp, result[f"{form}-stock"][1])
+        assert in_tp["kv_difference"] < 1e-3
+        # Inputs of row-parallel layers are quantized by TP=1's scales then.
+        assert_same(in_sp, result[f"{form}-stages"][0])
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_quantized_engines_pass_the_self_check(groups, form, dtype):
+    for rank, result in enumerate(groups(2).results):
+        found = result[f"check-{form}-{dtype}"]
+        assert "refused" not in found
+        assert any("self-check passed" in line for line in found["lines"]) == (rank == 0)
+        assert any("twice, once for each mode" in line for line in found["lines"]) == (rank == 0)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", MUTATIONS_OF_QUANTIZED)
+def test_bugs_in_quantized_engines_are_refused(groups, name):
+    _, layer = MUTATIONS_OF_QUANTIZED[name]
+    (message,) = {result[name]["refused"] for result in groups(2).results}
+    assert f"model.{layer}" in message

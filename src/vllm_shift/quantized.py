@@ -21,8 +21,11 @@ from vllm_shift.slots import Impersonate, Slots
 # vLLM's classes whose layers are known to work (those of compressed-tensors are called schemes), and whether they
 # quantize the layer's input, too.
 METHODS = {
+    "AutoAWQMarlinLinearMethod": False,
+    "AutoGPTQLinearMethod": False,
     "CompressedTensorsW8A8Fp8": True,
     "CompressedTensorsW8A8Int8": True,
+    "CompressedTensorsWNA16": False,
     "Fp8LinearMethod": True,
     "Fp8PerBlockOnlineLinearMethod": True,
     "Fp8PerTensorOnlineLinearMethod": True,
