@@ -3,6 +3,9 @@
 Prints the largest and the mean difference over prompts of several lengths, for the prompt tokens (prefill) and for the
 generated ones (decode). Example: python benchmarks/correctness.py --sp 2 --threshold 256
 With --shared-gpu all ranks share the first GPU (shared_gpu.py): slow, and without CUDA graphs.
+With --form the checkpoint is quantized, and the reference has the weights that it stands for. --save keeps the
+log-probabilities of the prompts, --against compares with kept ones: stock vLLM of TP=T for a run with --threshold 0, of
+TP=P for one with a threshold that no step exceeds, quantize alike.
 """
 
 import argparse
@@ -18,6 +21,9 @@ from engines import SHAPES, add_engine_flags, engine_kwargs
 from vllm import LLM, SamplingParams
 
 import vllm_shift  # noqa: F401  (adds the flags to LLM)
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from quantize import FORMS, quantize_checkpoint
 
 LENGTHS = (3, 40, 255, 300, 700, 1500)
 
@@ -35,11 +41,27 @@ def make_checkpoint(folder: Path) -> Any:
     return model
 
 
+def quantize(reference: Any, source: Path, form: str) -> Path:
+    """Quantize the checkpoint, and give the reference the weights that it stands for then."""
+    path = source.with_name(form)
+    weights = quantize_checkpoint(source, form, path)
+    reference.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False)
+    return path
+
+
+def compare(found: list[float], path: Path) -> dict[str, float]:
+    differences = [abs(a - b) for a, b in zip(found, json.loads(path.read_text()), strict=True)]
+    return {"max": max(differences), "mean": sum(differences) / len(differences)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_engine_flags(parser)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--shared-gpu", action="store_true", help="all ranks on one GPU")
+    parser.add_argument("--form", choices=list(FORMS), help="quantize the checkpoint so")
+    parser.add_argument("--save", type=Path, help="write the prompts' log-probabilities here")
+    parser.add_argument("--against", type=Path, help="compare them with those in this file")
     args = parser.parse_args()
     kwargs = engine_kwargs(args)
     if args.shared_gpu:
@@ -49,9 +71,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 1000, (length,), generator=generator).tolist() for length in LENGTHS]
     with tempfile.TemporaryDirectory() as folder:
-        reference = make_checkpoint(Path(folder))
+        model = Path(folder) / "plain"
+        reference = make_checkpoint(model)
+        if args.form:
+            model = quantize(reference, model, args.form)
         llm = LLM(
-            model=folder,
+            model=str(model),
             dtype=args.dtype,
             max_model_len=4096,
             enable_prefix_caching=False,
@@ -65,6 +90,7 @@ def main() -> None:
         for prompt in inputs:
             outputs += llm.generate(prompt, params, use_tqdm=False)
     differences: dict[str, list[float]] = {"prefill": [], "decode": []}
+    of_prompts: list[float] = []
     for prompt, output in zip(prompts * 2, outputs, strict=True):
         tokens = list(output.outputs[0].token_ids)
         with torch.no_grad():
@@ -74,9 +100,15 @@ def main() -> None:
         for i, (token, row) in enumerate(zip((prompt + tokens)[1:], rows, strict=True)):
             kind = "prefill" if i < len(prompt) - 1 else "decode"
             differences[kind].append(abs(row[token].logprob - float(expected[i, token])))
+            if kind == "prefill":
+                of_prompts.append(row[token].logprob)
     result: dict[str, Any] = {"args": {k: str(v) for k, v in vars(args).items()}}
     for kind, values in differences.items():
         result[kind] = {"max": max(values), "mean": sum(values) / len(values), "count": len(values)}
+    if args.save:
+        args.save.write_text(json.dumps(of_prompts))
+    if args.against:
+        result["against"] = compare(of_prompts, args.against)
     if args.sp > 1:
         result["steps"] = llm.llm_engine.collective_rpc("shift_stats")[0]
     print("RESULT", json.dumps(result), flush=True)

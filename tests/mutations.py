@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 
-from vllm_shift import layers
+from vllm_shift import layers, quantized
 from vllm_shift.switch import ModeSwitch
 
 
@@ -100,6 +100,29 @@ def _one_rank_only():
     return mock.patch.object(ModeSwitch, "_before_attention", before)
 
 
+def _swapped_outputs():
+    """In one quantized layer, SP mode has the slots in another order than the exchange does."""
+    stock = quantized.WholeLinear.apply
+
+    def apply(self, x, bias):
+        out = stock(self, x, bias)
+        return torch.cat(out.chunk(2, dim=1)[::-1], dim=1) if "layers.1.self_attn.qkv_proj" in self.prefix else out
+
+    return mock.patch.object(quantized.WholeLinear, "apply", apply)
+
+
+def _one_slot_twice():
+    """In one quantized layer, one slot of the input takes the place of the other."""
+    stock = quantized.WholeLinear.apply
+
+    def apply(self, x, bias):
+        if "layers.1.mlp.down_proj" in self.prefix:
+            x = x.reshape(-1, self.input_size_per_partition).chunk(2, dim=1)[0].repeat(1, 2)
+        return stock(self, x, bias)
+
+    return mock.patch.object(quantized.WholeLinear, "apply", apply)
+
+
 MUTATIONS = {
     "swapped slots": (_swapped_slots, "layers.1.self_attn.qkv_proj"),
     "one stale slot": (_one_stale_slot, "layers.2.mlp.down_proj"),
@@ -109,7 +132,14 @@ MUTATIONS = {
     "one rank only": (_one_rank_only, "layers.2.self_attn"),
 }
 
+MUTATIONS_OF_QUANTIZED = {
+    "swapped outputs": (_swapped_outputs, "layers.1.self_attn.qkv_proj"),
+    "one slot twice": (_one_slot_twice, "layers.1.mlp.down_proj"),
+    "wrong positions, quantized": (_wrong_positions, "layers.0.self_attn"),
+    "one rank only, quantized": (_one_rank_only, "layers.2.self_attn"),
+}
+
 
 def mutation(name: str) -> AbstractContextManager[object]:
     """Put the bug into the engines that start while this is open."""
-    return MUTATIONS[name][0]()
+    return (MUTATIONS | MUTATIONS_OF_QUANTIZED)[name][0]()

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import tiny
-from mutations import MUTATIONS
+from mutations import MUTATIONS, MUTATIONS_OF_QUANTIZED
+from quantize import quantize_checkpoint
 
 LAYOUTS = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}
 NEVER = 10**9
@@ -68,6 +69,30 @@ def self_checks(model: str) -> list[dict]:
         for dtype in ("float32", "bfloat16"):
             engines.append({"name": f"{name}-{dtype}", "args": args | shift | {"dtype": dtype}, "mutation": name})
     return engines
+
+
+# Forms of tests/quantize.py that vLLM's CPU build has kernels for.
+QUANTIZED = ("int8", "fp8-channel")
+
+
+def quantized(folder: Path) -> list[dict]:
+    """Engines of a quantized Llama on two ranks: stock vLLM with TP=2 and in two stages of TP=1; ours; with bugs."""
+    engines = []
+    shift = {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True}
+    for form in QUANTIZED:
+        path = folder / f"llama-{form}"
+        quantize_checkpoint(folder / "llama", form, path)
+        model = {"model": str(path)}
+        engines += [
+            {"name": f"{form}-stages", "args": model | {"pipeline_parallel_size": 2}, "thresholds": [None]},
+            {"name": f"{form}-stock", "args": model | {"tensor_parallel_size": 2}, "thresholds": [None, None]},
+            {"name": f"{form}-2x1", "args": model | shift, "thresholds": [0, NEVER]},
+        ]
+        check = model | shift | {"shift_parallel_threshold": 20}
+        for dtype in ("float32", "bfloat16"):
+            engines.append({"name": f"check-{form}-{dtype}", "args": check | {"dtype": dtype}})
+    check = check | {"model": str(folder / "llama-int8"), "dtype": "bfloat16"}
+    return engines + [{"name": name, "args": check, "mutation": name} for name in MUTATIONS_OF_QUANTIZED]
 
 
 def free_ports(count: int) -> int:
@@ -144,7 +169,7 @@ class Group:
                 shift |= {"enable_shift_parallel": True}
                 engines.append({"name": f"{name}-{sp}x{tp}", "args": shift, "thresholds": thresholds})
         if world == 2 and not nightly:
-            engines += self_checks(str(folder / "qwen3"))
+            engines += self_checks(str(folder / "qwen3")) + quantized(folder)
         common = {
             "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
             "max_num_batched_tokens": 128, "max_num_seqs": 8, "kv_cache_memory_bytes": 8 << 20, "block_size": 32,

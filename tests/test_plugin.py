@@ -122,7 +122,7 @@ BAD = [
     ({"enable_lora": True}, "LoRA: leave out --enable-lora"),
     ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, r"speculative decoding other than .*\(ngram_gpu\): use"),
     ({"speculative_config": NGRAM, "pipeline_parallel_size": 2}, "pipeline parallelism together with speculative"),
-    ({"quantization": "fp8"}, r"quantization \(fp8\)"),
+    ({"quantization": "experts_int8"}, r"quantization methods other than FP8, .* \(experts_int8\)"),
     ({"model_impl": "transformers"}, r"model implementations .*\(transformers\)"),
     ({"load_format": "sharded_state"}, r"load formats .*\(sharded_state\)"),
     ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
@@ -164,7 +164,7 @@ def everything_unsupported(name):
     """A config whose every attribute asks for something; ``name`` says for which table."""
     model = SimpleNamespace(
         is_multimodal_model=True, is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
-        using_transformers_backend=lambda: True, quantization="fp8", model_impl="terratorch",
+        using_transformers_backend=lambda: True, quantization="gguf", model_impl="terratorch",
         enable_sleep_mode=True, architecture="FalconForCausalLM",
     )  # fmt: skip
     speculative = SimpleNamespace(method="medusa", uses_dynamic_speculative_decoding=lambda: True)

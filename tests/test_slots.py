@@ -65,6 +65,7 @@ def test_a_model_may_add_dimensions_before_loading():
     assert torch.equal(layer.weight.data, whole[3:])
     assert layer.weight.untyped_storage().nbytes() == whole[3:].nbytes
     assert layer.weight.weight_loader == layer.load
+    assert not [value for value in vars(slots).values() if isinstance(value, torch.Tensor)]
 
 
 def test_dummy_weights_repeat_the_own_slot():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor import custom_op
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -25,9 +26,10 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from vllm_shift.quantized import TwoModeMethod, WholeLinear, check_method
 from vllm_shift.slots import Slots
 from vllm_shift.switch import ModeSwitch
 
@@ -90,11 +92,29 @@ class _SlottedLinear(Slotted, LinearBase):
         super().__init__(*args, **kwargs)
         assert _switch is not None
         self.switch = _switch
-        if type(self.quant_method) is not UnquantizedLinearMethod:
-            raise NotImplementedError(f"{self.prefix}: {type(self.quant_method).__name__} has no slots yet")
         # A layer without tensor parallelism is the same on every rank, and works on any rows.
         self.shifts = self.tp_size == self.switch.dims.world
-        self.quant_method = SlottedLinearMethod()
+        # A quantized layer has these instead of slots: its TP=T weight, and bytes of its TP=P weight if that is apart.
+        self.whole: WholeLinear | None = None
+        self.second_copy = 0
+
+    def _make_slots(self, column: bool) -> None:
+        if type(self.quant_method) is UnquantizedLinearMethod:
+            self.quant_method = SlottedLinearMethod()
+            self.weight_slots = self._slots(self.weight, dim=0 if column else 1)
+            self.bias_slots = self._slots(self.bias, dim=0) if column and self.bias is not None else None
+            return
+        check_method(self)
+        is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        self.quant_method = TwoModeMethod(self, column, self.switch.dims, self._impersonate, is_dummy)
+
+    def stop_shifting(self) -> None:
+        """Run as in TP mode from now on, in memory of that size."""
+        super().stop_shifting()
+        if self.whole is not None:
+            self.whole, self.second_copy = None, 0
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone()
 
     def _impersonate(self, shard: int) -> None:
         self.tp_rank = shard
@@ -105,6 +125,8 @@ class _SlottedLinear(Slotted, LinearBase):
 
     def _matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x``, folded or not, times the weight of all slots."""
+        if self.whole is not None:
+            return self.whole.apply(x, bias)
         whole = self.weight_slots.whole
         if x.shape[-1] != whole.shape[1]:
             folded: torch.Tensor = torch.ops.vllm_shift.folded_linear(x, whole, bias)
@@ -122,15 +144,19 @@ class _SlottedColumn(_SlottedLinear, ColumnParallelLinear):
             return
         if self.gather_output or (self.skip_bias_add and self.bias is not None):
             self.refusal = f"gather_output={self.gather_output}, skip_bias_add={self.skip_bias_add}"
-        self.weight_slots = self._slots(self.weight, dim=0)
-        self.bias_slots = None if self.bias is None else self._slots(self.bias, dim=0)
+        self._make_slots(column=True)
+
+    def _whole_bias(self) -> torch.Tensor | None:
+        if self.whole is not None:
+            bias: torch.Tensor | None = self.whole.bias
+            return bias
+        return None if self.bias_slots is None else self.bias_slots.whole
 
     def forward(self, input_: torch.Tensor) -> Any:
         """In SP mode: ``input_`` [n, in] gives [n*S, out/P]; else vLLM's own forward."""
         if not self.runs_in_sp():
             return super().forward(input_)
-        bias = None if self.bias_slots is None else self.bias_slots.whole
-        out = self._matmul(input_, bias)
+        out = self._matmul(input_, self._whole_bias())
         out = out.view(-1, out.shape[-1] // self.switch.dims.sp)
         return (out, None) if self.return_bias else out
 
@@ -156,13 +182,15 @@ class SlottedRowParallelLinear(_SlottedLinear, RowParallelLinear):
             return
         if not self.input_is_parallel or not self.reduce_results:
             self.refusal = f"input_is_parallel={self.input_is_parallel}, reduce_results={self.reduce_results}"
-        self.weight_slots = self._slots(self.weight, dim=1)
+        self._make_slots(column=False)
 
     def forward(self, input_: torch.Tensor) -> Any:
         """In SP mode: ``input_`` [n*S, in/P] gives [n, out], summed over the TP group; else vLLM's own forward."""
         if not self.runs_in_sp():
             return super().forward(input_)
-        bias = self.bias if self.switch.dims.tp_rank == 0 and not self.skip_bias_add else None
+        bias = self.bias if self.whole is None else self.whole.bias
+        if self.switch.dims.tp_rank > 0 or self.skip_bias_add:
+            bias = None
         out = self.switch.all_reduce_tp(self._matmul(input_, bias))
         if not self.return_bias:
             return out
@@ -178,6 +206,8 @@ class SlottedVocabParallelEmbedding(Slotted, VocabParallelEmbedding):
         self.switch = _switch
         if self.num_added_embeddings:
             raise NotImplementedError("a vocabulary extended by LoRA is not supported in SP mode")
+        if type(self.quant_method) is not UnquantizedEmbeddingMethod:
+            raise NotImplementedError("a quantized embedding is not supported in SP mode")
         self.weight_slots = Slots(self.weight, 0, self.switch.dims, self._impersonate)
 
     def _impersonate(self, shard: int) -> None:

@@ -30,6 +30,21 @@ ARCHITECTURES = (
 # All of them fill parameters through the weight loaders that know the slots.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy")
 
+# The layers check the details (quantized.py).
+QUANTIZATIONS = (
+    "auto_awq",
+    "auto_gptq",
+    "awq",
+    "awq_marlin",
+    "compressed-tensors",
+    "fp8",
+    "fp8_per_block",
+    "fp8_per_channel",
+    "fp8_per_tensor",
+    "gptq",
+    "gptq_marlin",
+)
+
 # A draft model of any of these runs in TP mode only.
 SPECULATIVE_METHODS = ("ngram", "eagle", "eagle3", "draft_model")
 
@@ -88,7 +103,11 @@ MODEL_LIMITS = (
         f"use one of {', '.join(ARCHITECTURES)}",
     ),
     Limit("attention-free models", lambda model: model.is_attention_free, "use a model with attention layers"),
-    Limit("quantization", lambda model: model.quantization, "use an unquantized checkpoint"),
+    Limit(
+        "quantization methods other than FP8, compressed-tensors, AWQ and GPTQ",
+        lambda model: model.quantization and _not_in(model.quantization, QUANTIZATIONS),
+        f"use one of {', '.join(QUANTIZATIONS)}, or an unquantized checkpoint",
+    ),
     Limit(
         "model implementations other than vLLM's own",
         _foreign_implementation,
@@ -173,7 +192,7 @@ ENGINE_LIMITS = (
     Limit(
         "a quantized KV cache",
         lambda config: _not_in(config.cache_config.cache_dtype, ("auto", "bfloat16", "float16", "float32")),
-        "leave --kv-cache-dtype at auto",
+        "leave --kv-cache-dtype at auto, or where a checkpoint sets it, set it to bfloat16",
     ),
     Limit(
         "weight offloading",

@@ -25,6 +25,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_shift.gathered import gathered_modules
+from vllm_shift.quantized import quantizes_inputs
 from vllm_shift.switch import ModeSwitch
 
 logger = init_logger(f"vllm.{__name__}")
@@ -41,6 +42,15 @@ TF32_EPSILON = 2**-10
 
 # Share of vectors of a mixture-of-experts model that may differ more: rounding may send a token to another expert.
 MOE_SHARE = 0.25
+
+# The same where inputs are quantized: some tokens have far larger values than others, and errors with them.
+QUANTIZED_SHARE = 0.1
+
+# Where layers quantize their inputs, the modes round differently: a row-parallel layer's input has one scale for 1/T of
+# a token in SP mode, for 1/P in TP mode. In SmolLM2-135M, nine tenths of the vectors differ by less than 0.051 in
+# layer 1 and 0.18 in layer 29 with FP8, 0.083 and 0.28 with INT8 (S=3, simulated). No layer comes before layer 0, whose
+# keys and values are held to rounding. Errors of layers are independent: they add up like their square root.
+ALLOWED_BY_QUANTIZATION = 0.15
 
 _EVERYTHING = 1 << 30
 
@@ -114,6 +124,10 @@ class SelfCheck:
         model_config = worker.model_config
         self._dtype, self._layers = model_config.dtype, model_config.get_total_num_hidden_layers()
         self._share = MOE_SHARE if model_config.is_moe and self._dtype != torch.float32 else 0.0
+        self._quantizes = quantizes_inputs(worker.model_runner.get_model())
+        if self._quantizes:
+            # Half of one rank's tokens, so that a bug of one rank shows.
+            self._share = max(self._share, min(QUANTIZED_SHARE, 0.5 / self._switch.dims.sp))
         self._vocabulary = model_config.get_vocab_size()
         speculative = worker.vllm_config.speculative_config
         # A draft model writes that far beyond a prompt.
@@ -323,7 +337,8 @@ class SelfCheck:
         return differences
 
     def _difference(self, place: str, layer: int, expected: torch.Tensor, found: torch.Tensor) -> Difference:
-        return Difference(place, layer, relative_error(expected, found, self._share), allowed_error(self._dtype, layer))
+        error = relative_error(expected, found, self._share)
+        return Difference(place, layer, error, allowed_error(self._dtype, layer, self._quantizes))
 
     def _explain(self, first: Difference, lengths: list[int]) -> str:
         located = self._locate(lengths)
@@ -369,7 +384,9 @@ class SelfCheck:
                     x = x[own]
                 x = x[: len(expected)]
                 if x.shape == expected.shape and x.is_floating_point():
-                    differences.append(self._difference(name, layer, expected.to(x.device), x))
+                    # What comes out of a layer has been through its row-parallel parts.
+                    before = layer + self._quantizes
+                    differences.append(self._difference(name, before, expected.to(x.device), x))
 
         model = self._runner.get_model()
         # What runs inside a gathered module has the rows of all tokens, in another order than a folded view.
@@ -389,18 +406,22 @@ class SelfCheck:
         return _agree(next((difference for difference in differences if difference.fails), None))
 
 
-def allowed_error(dtype: torch.dtype, layer: int) -> float:
+def allowed_error(dtype: torch.dtype, layer: int, quantizes: bool = False) -> float:
     """Largest difference of a vector (one token's hidden state, key or value of a head), relative to its length.
 
     Args:
         dtype: of the model.
         layer: number of transformer layers before the vector.
+        quantizes: whether linear layers quantize their inputs.
     """
     epsilon = torch.finfo(dtype).eps
     if current_platform.is_cuda():
         epsilon = max(epsilon, TF32_EPSILON)
     per_layer = max(ROUNDINGS_PER_LAYER * epsilon, LEAST_ALLOWED_PER_LAYER)
-    return min(per_layer * (1 + layer), MOST_ALLOWED)
+    allowed = per_layer * (1 + layer)
+    if quantizes:
+        allowed = max(allowed, ALLOWED_BY_QUANTIZATION * math.sqrt(layer))
+    return min(allowed, MOST_ALLOWED)
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor, share: float) -> float:

@@ -62,6 +62,8 @@ class Slots:
                 self[slot].copy_(self[self._dims.sp_rank])
 
     def release(self) -> None:
-        """Give the parameter memory of its own, of its TP=P shard alone."""
+        """Give the parameter memory of its own, of its TP=P shard alone; there are no slots then."""
         self._param.data = self._param.data.clone()
         self._param.weight_loader = self._stock_loader
+        # vLLM keeps the loader that it found (record_metadata_for_reloading), and with it this object.
+        del self.whole, self._param

@@ -73,6 +73,8 @@ class ShiftWorkerMixin(WorkerBase):
         self.switch.attach(model, self.vllm_config)
         if self.rank == 0:
             logger.info("%s", _describe(self.shift_config, model))
+            if copies := [module for module in model.modules() if getattr(module, "second_copy", 0)]:
+                logger.info("%s", _describe_copies(copies))
 
     def determine_available_memory(self) -> int:
         """As the stock worker, whose profile is of the largest step, in SP mode; the largest in TP mode counts, too."""
@@ -170,6 +172,14 @@ def weight_bytes(model: nn.Module) -> int:
     # The storage behind a parameter with slots is that of all its slots.
     storages = [parameter.untyped_storage() for parameter in model.parameters()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _describe_copies(layers: list[Any]) -> str:
+    kinds = ", ".join(sorted({type(layer.quant_method).__name__ for layer in layers}))
+    return (
+        f"Shift Parallelism keeps the weights of {len(layers)} quantized layers ({kinds}) twice, once for each mode, "
+        f"because their format cannot be sliced: {sum(layer.second_copy for layer in layers) / 2**30:.2f} GiB more."
+    )
 
 
 def _describe(config: ShiftConfig, model: nn.Module) -> str:
