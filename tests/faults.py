@@ -119,7 +119,9 @@ class Victim:
                     return
             except httpx.TransportError:
                 time.sleep(0.2)
-        raise TimeoutError(f"exit code {self.process.poll()}:\n{self.log.read_text()[-3000:]}")
+        lines = self.log.read_text().splitlines()
+        shown = [line for line in lines if "ERROR" in line][:40] + lines[-20:]
+        raise TimeoutError(f"exit code {self.process.poll()}:\n" + "\n".join(shown))
 
     def processes(self) -> list[psutil.Process]:
         found = []
