@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import http_fuzz
 import httpx
 import openai
 import pytest
@@ -269,6 +270,25 @@ def test_bad_requests_leave_the_server_alive(server):
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="tiny", prompt=[10**7], max_tokens=3)
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_odd_requests_by_hand(server):
+    """Nothing but refusals and answers; after each the known answer comes as before, at the end in both modes."""
+    with both_modes_run(server):
+        answers = http_fuzz.by_hand(server.url, http_fuzz.ODD)
+    unexpected = {what: answer for what, answer in answers.items() if not answer.startswith(("200", "4"))}
+    assert unexpected == {}
+    assert {answer[:3] for answer in answers.values()} >= {"200", "400", "404"}
+
+
+def test_requests_made_up_from_the_openapi_page(server):
+    """vLLM itself answers some of them with 500; the engine has to live and to answer as before."""
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        expected = http_fuzz.known(http)
+        counts = http_fuzz.from_openapi(server.url, examples=4)
+        assert len({endpoint for endpoint, _ in counts}) > 15
+        assert http_fuzz.known(http) == expected
+    assert server.process.poll() is None
 
 
 def test_plain_ulysses_by_the_other_command_with_a_compiled_model(server, model, tmp_path):
