@@ -60,7 +60,7 @@ def test_mode_size_and_layer_are_named_once(in_sp, mode, caplog_vllm):
         step.join()
     (line,) = caplog_vllm.messages
     assert line.startswith(f"Rank 3: A step in {mode} mode of 64 tokens (threshold 32) has not ended after 0.4 s")
-    assert "it is in model.layers.1.mlp.down_proj." in line
+    assert "it is in model.layers.1.mlp.down_proj (Condition.wait)." in line
     assert "vLLM gives up after 0.5 s (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)" in line
 
 

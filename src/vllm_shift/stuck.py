@@ -76,11 +76,11 @@ class StuckStepWatch:
 
     def _report(self, step: _Step, seconds: float) -> None:
         where = "on the device, after the call that launched it"
-        if step.end is None:
-            layer, frame = None, sys._current_frames().get(step.thread)
-            while frame is not None and layer is None:
-                layer, frame = layer_of(frame), frame.f_back
-            where = f"in {layer}" if layer else "in no layer of the model"
+        if step.end is None and (frame := sys._current_frames().get(step.thread)):
+            innermost, layer = frame.f_code.co_qualname, layer_of(frame)
+            while layer is None and (frame := frame.f_back):
+                layer = layer_of(frame)
+            where = f"in {layer or 'no layer of the model'} ({innermost})"
         logger.error(
             "Rank %d: %s has not ended after %g s; it is %s. A rank that waits in a collective waits for another one. "
             "vLLM gives up after %g s (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS).",
