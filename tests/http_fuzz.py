@@ -39,6 +39,10 @@ KNOWN = {"model": "tiny", "prompt": [3 + i * 7 % 490 for i in range(90)], "max_t
 KNOWN |= {"ignore_eos": True}
 
 BASE = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 2}
+VALID = {
+    "/v1/completions": BASE,
+    "/inference/v1/generate": {"model": "tiny", "token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 2}},
+}
 # By hand: what is sent in place of BASE's values.
 ODD: dict[str, dict[str, Any]] = {
     "prompt longer than the model": {"prompt": [5] * 5000},
@@ -133,13 +137,16 @@ def send_cases(operation: Any, examples: int) -> Counter[str]:
     @given(st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in modes)))
     def send(case: Any) -> None:
         if isinstance(case.body, dict):
+            if operation.path in VALID and sum(answers.values()) % 2:
+                # A body of odd values alone seldom comes as far as the engine.
+                case.body = VALID[operation.path] | dict(list(case.body.items())[:2])
             tame(case.body)
         try:
             answer = str(case.call(timeout=20).status_code)
         except requests.RequestException as error:
             answer = type(error).__name__
         answers[answer] += 1
-        if answer.startswith("5"):
+        if answer.startswith("5") or not answer.isdecimal():
             logger.warning("%s %s: %s", answer, operation.path, str(case.body)[:300])
 
     with contextlib.suppress(Unsatisfiable):  # an endpoint without parameters has no invalid requests
@@ -210,6 +217,7 @@ def main() -> None:
     """Starts a server, with the plugin or without, and logs what became of all requests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=100, help="for each endpoint")
+    parser.add_argument("--only", nargs="*", default=[], metavar="PATH", help="endpoints (default: all)")
     parser.add_argument("--stock", action="store_true", help="stock vLLM with TP=2")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -225,7 +233,8 @@ def main() -> None:
             if args.examples:
                 with httpx.Client(base_url=server.url, timeout=60) as http:
                     expected = known(http)
-                    for (endpoint, answer), count in sorted(from_openapi(server.url, args.examples).items()):
+                    found = from_openapi(server.url, args.examples, tuple(args.only))
+                    for (endpoint, answer), count in sorted(found.items()):
                         logger.info("| %s | %s | %d |", endpoint, answer, count)
                     logger.info("the known answer afterwards: %s", known(http) == expected)
             with httpx.Client(base_url=server.url, timeout=60) as http:
