@@ -285,7 +285,7 @@ def test_odd_requests_by_hand(server):
 def test_requests_made_up_from_the_openapi_page(server):
     """vLLM itself answers some of them with 500; the engine has to live and to answer as before."""
     paths = ("/v1/completions", "/inference/v1/generate", "/tokenize", "/load")
-    with httpx.Client(base_url=server.url, timeout=60) as http:
+    with http_fuzz.client(server.url) as http:
         expected = http_fuzz.known(http)
         counts = http_fuzz.from_openapi(server.url, examples=20, only=paths)
         assert {endpoint.split()[1] for endpoint, _ in counts} == set(paths)
