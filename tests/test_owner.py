@@ -1,10 +1,12 @@
-"""A worker ends when the process that made its config has been killed, and in no other family of processes."""
+"""A worker ends its engine when the process that made the config was killed, and in no other family of processes."""
 
+import contextlib
 import os
 import select
 import signal
 import time
 
+import psutil
 import pytest
 
 from vllm_shift import owner
@@ -17,7 +19,7 @@ def start_family(by_owner: bool) -> tuple[int, int, int]:
         by_owner: whether the first of them makes the config, or this process.
 
     Returns:
-        The pids of the first and of the last, and a descriptor that is at its end when the last has ended.
+        The pids of the first and of the last, and a descriptor that is at its end when the engine core has ended.
     """
     reader, writer = os.pipe()
     if not by_owner:
@@ -29,15 +31,13 @@ def start_family(by_owner: bool) -> tuple[int, int, int]:
     try:
         if by_owner:
             owner.name_owner()
-        core = os.fork()
-        worker = 0 if core else os.fork()
-        if core or worker:
+        if os.fork():
             os.close(writer)
-            os.waitpid(core or worker, 0)
-            return 0, 0, 0
-        owner.end_with_owner()
-        os.write(writer, str(os.getpid()).encode())
-        time.sleep(60)
+        elif not os.fork():
+            owner.end_with_owner()
+            os.write(writer, str(os.getpid()).encode())
+            os.close(writer)
+        time.sleep(30)
     finally:
         os._exit(0)
 
@@ -46,11 +46,13 @@ def start_family(by_owner: bool) -> tuple[int, int, int]:
 def test_a_worker_without_its_api_server(by_owner, monkeypatch):
     monkeypatch.setenv("SHIFT_PARALLEL_OWNER", "0")  # and back to what it was, afterwards
     server, worker, at_end = start_family(by_owner)
+    core = psutil.Process(worker).ppid()
     assert not select.select([at_end], [], [], 0.5)[0]
     os.kill(server, signal.SIGKILL)
     os.waitpid(server, 0)
     ended = bool(select.select([at_end], [], [], 5 if by_owner else 1)[0])
-    if not ended:
-        os.kill(worker, signal.SIGKILL)
+    for process in (worker, core):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     os.close(at_end)
     assert ended == by_owner

@@ -107,7 +107,7 @@ def server(model, tmp_path_factory):
     flags = ["--tensor-parallel-size", "1", "--ulysses-sequence-parallel-size", "2", "--enforce-eager"]
     flags += ["--enable-shift-parallel", "--shift-parallel-threshold", str(THRESHOLD)]
     server = Server("vllm serve", model, tmp_path_factory.mktemp("log") / "log", flags, {})
-    server.wait_until_ready(240)
+    server.wait_until_ready(400)
     yield server
     server.stop()
     assert server.process.returncode == 0

@@ -1,9 +1,10 @@
 """Ends an engine whose API server was killed without a word.
 
-vLLM's engine core would go on without it, and keep the GPUs from the server that is started next. What a worker can do
-is to end itself: vLLM then ends the engine core and the other workers, as it does whenever a worker has died.
+vLLM's engine core would go on without it, and keep the GPUs from the server that is started next. So a worker kills the
+engine core in such a case; vLLM's workers, this one too, end by themselves when it is gone.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -23,7 +24,7 @@ def name_owner() -> None:
 
 
 def end_with_owner() -> None:
-    """In a worker: end when that process has ended, if the engine core between the two is a process of its own.
+    """In a worker: end the engine when that process has ended, if the engine core between is a process of its own.
 
     Does nothing where the three are not child, parent and grandparent, as with Ray or an engine within the user's own
     process, whose workers vLLM ends by itself.
@@ -32,15 +33,18 @@ def end_with_owner() -> None:
     if core is None or str(core.ppid()) != os.environ.get(_VARIABLE):
         return
     try:
-        handle = os.pidfd_open(core.ppid())
+        handles = os.pidfd_open(core.ppid()), os.pidfd_open(core.pid)
     except OSError:  # not in this kernel or container
         return
-    threading.Thread(target=_end_with, args=(handle,), name="OwnerWatch", daemon=True).start()
+    threading.Thread(target=_kill_after, args=handles, name="OwnerWatch", daemon=True).start()
 
 
-def _end_with(handle: int) -> None:
+def _kill_after(owner: int, core: int) -> None:
+    """Wait for the end of one process, then kill another; both given as pidfds."""
     poll = select.poll()
-    poll.register(handle, select.POLLIN)  # readable once the process has ended
+    poll.register(owner, select.POLLIN)  # readable once the process has ended
     poll.poll()
     logger.error("Shift Parallelism: the API server is gone without having stopped the engine; stopping it.")
-    os.kill(os.getpid(), signal.SIGTERM)
+    # Asked to stop in order, it would wait for the API server to read its last messages.
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(core, signal.SIGKILL)
