@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import http_fuzz
@@ -59,7 +59,10 @@ class Server:
                     return
             except httpx.TransportError:
                 time.sleep(0.5)
-        pytest.fail(f"the server is not ready (exit code {self.process.poll()}):\n{self.log.read_text()[-4000:]}")
+        code = self.process.poll()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        pytest.fail(f"the server is not ready (exit code {code}):\n{self.log.read_text()[-4000:]}")
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none")
