@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Without bytecode on disk each process takes 20 s of processor time to import vLLM.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-nightly test-fast support-table lint demo clean
+.PHONY: setup test test-nightly test-fast support-table lint audit demo clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit: setup  ## known vulnerabilities of the pinned versions; fails, too, where one cannot be looked up
+	$(BIN)/uv tool run pip-audit==2.10.1 --strict --requirement requirements/cpu-constraints.txt --no-deps --disable-pip
 
 demo: setup  ## a real model, served with Shift Parallelism on 3 CPU ranks
 	$(BIN)/python demo/demo.py

@@ -62,6 +62,7 @@ def self_checks(model: str) -> list[dict]:
         "never": shift | {"shift_parallel_threshold": 128},
         "off": shift | {"additional_config": {"shift_parallel": {"self_check": False}}},
         "auto": shift | {"shift_parallel_threshold": "auto"},
+        "one-token": shift | {"shift_parallel_threshold": 0, "max_num_batched_tokens": 1, "max_num_seqs": 1},
         "auto-again": shift | {"shift_parallel_threshold": "auto"},
     }
     engines = [{"name": f"check-{name}", "args": args | extra} for name, extra in sound.items()]

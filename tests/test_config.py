@@ -39,6 +39,11 @@ def test_largest_tp_step(enabled, threshold, most):
             "got 1.5",
         ),
         ({"ulysses_sequence_parallel_size": 2, "shift_parallel_threshold": 9}, "add --enable-shift-parallel"),
+        (
+            {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True, "shift_parallel_threshold": 2**31},
+            "at most 2147483647, got 2147483648",
+        ),
+        ({"threshold": 9, 3: 4}, r"unknown keys \['threshold', 3\]"),
         ({"threshold": 9}, r"unknown keys \['threshold'\]"),
         ([], "must be a dict"),
     ],

@@ -81,6 +81,20 @@ def test_without_the_flags_the_config_is_stock(llama, monkeypatch):
     assert not custom_op.op_registry_oot
 
 
+class OtherPluginsConfig:
+    """vLLM takes any object with this method as additional_config."""
+
+    def compute_hash(self):
+        return "other"
+
+
+def test_another_plugins_object_as_additional_config(llama):
+    other = OtherPluginsConfig()
+    assert create(llama, additional_config=other).additional_config is other
+    with pytest.raises(ValueError, match=r"needs an additional_config that is a dict, got .*OtherPluginsConfig"):
+        create(llama, additional_config=other, **SHIFT)
+
+
 def test_the_flags_become_a_stock_config_of_all_ranks(llama):
     args = EngineArgs(model=llama, tensor_parallel_size=2, shift_parallel_threshold=99, enforce_eager=True, **SHIFT)
     config = args.create_engine_config()

@@ -28,6 +28,8 @@ def test_prompts_run_in_one_step_of_sp_mode(threshold, sp):
 def test_prompts_respect_the_engine():
     assert prompt_lengths(10, 2, 2048, 1, 400, fits) == [17]
     assert prompt_lengths(10, 2, 11, 8, 400, fits) == [4, 4, 3]
+    assert prompt_lengths(0, 2, 16, 8, 400, fits) == [6, 5, 5]
+    assert prompt_lengths(0, 2, 1, 1, 400, fits) == [1]
     # No step can reach SP mode: too few tokens in a step, too few blocks, too few requests.
     assert prompt_lengths(128, 2, 128, 8, 400, fits) is None
     assert prompt_lengths(1000, 2, 2048, 8, 400, fits) is None

@@ -10,9 +10,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import http_fuzz
 import httpx
 import openai
 import pytest
@@ -58,7 +59,10 @@ class Server:
                     return
             except httpx.TransportError:
                 time.sleep(0.5)
-        pytest.fail(f"the server is not ready (exit code {self.process.poll()}):\n{self.log.read_text()[-4000:]}")
+        code = self.process.poll()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        pytest.fail(f"the server is not ready (exit code {code}):\n{self.log.read_text()[-4000:]}")
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none")
@@ -106,7 +110,7 @@ def server(model, tmp_path_factory):
     flags = ["--tensor-parallel-size", "1", "--ulysses-sequence-parallel-size", "2", "--enforce-eager"]
     flags += ["--enable-shift-parallel", "--shift-parallel-threshold", str(THRESHOLD)]
     server = Server("vllm serve", model, tmp_path_factory.mktemp("log") / "log", flags, {})
-    server.wait_until_ready(240)
+    server.wait_until_ready(400)
     yield server
     server.stop()
     assert server.process.returncode == 0
@@ -269,6 +273,27 @@ def test_bad_requests_leave_the_server_alive(server):
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="tiny", prompt=[10**7], max_tokens=3)
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_odd_requests_by_hand(server):
+    """Nothing but refusals and answers; after each the known answer comes as before, at the end in both modes."""
+    with both_modes_run(server):
+        answers = http_fuzz.by_hand(server.url, http_fuzz.ODD)
+    # Stock vLLM answers these two in the same way.
+    assert answers.pop("a list").startswith("500")
+    assert answers.pop("regex of nested repeats").startswith("500")
+    assert {answer[:3] for answer in answers.values()} == {"200", "400", "404"}
+
+
+def test_requests_made_up_from_the_openapi_page(server):
+    """vLLM itself answers some of them with 500; the engine has to live and to answer as before."""
+    paths = ("/v1/completions", "/inference/v1/generate", "/tokenize", "/load")
+    with http_fuzz.client(server.url) as http:
+        expected = http_fuzz.known(http)
+        counts = http_fuzz.from_openapi(server.url, examples=20, only=paths)
+        assert {endpoint.split()[1] for endpoint, _ in counts} == set(paths)
+        assert http_fuzz.known(http) == expected
+    assert server.process.poll() is None
 
 
 def test_plain_ulysses_by_the_other_command_with_a_compiled_model(server, model, tmp_path):

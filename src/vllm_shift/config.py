@@ -11,6 +11,9 @@ CONFIG_KEY = "shift_parallel"
 
 DEFAULT_THRESHOLD = 256
 
+# No step has more tokens, and the counters and collectives that carry a threshold hold it.
+MAX_THRESHOLD = 2**31 - 1
+
 # In place of a number of tokens: the engine measures it at start-up.
 AUTO = "auto"
 
@@ -46,6 +49,8 @@ class ShiftConfig:
             raise ValueError(
                 f"shift_parallel_threshold must be a whole number of at least 0, or 'auto', got {threshold!r}"
             )
+        if type(threshold) is int and threshold > MAX_THRESHOLD:
+            raise ValueError(f"shift_parallel_threshold must be at most {MAX_THRESHOLD}, got {threshold}")
         for name in ("enable_shift_parallel", "self_check"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -71,7 +76,7 @@ class ShiftConfig:
         names = [field.name for field in fields(cls)]
         if not isinstance(settings, Mapping):
             raise ValueError(f"additional_config[{CONFIG_KEY!r}] must be a dict with keys of {names}, got {settings!r}")
-        unknown = sorted(set(settings) - set(names))
+        unknown = sorted(set(settings) - set(names), key=repr)
         if unknown:
             raise ValueError(f"additional_config[{CONFIG_KEY!r}] has unknown keys {unknown}; known keys: {names}")
         return dict(settings)

@@ -1,6 +1,6 @@
 """What a failed step was doing: its mode, its size and the layer it was in."""
 
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from torch import nn
 
@@ -27,11 +27,17 @@ def innermost_layer(traceback: TracebackType | None) -> str | None:
     """Name of the innermost layer that raised; None in CUDA graphs and compiled code, which have no such frames."""
     found = None
     while traceback is not None:
-        # A module's own methods have it as `self`, the hooks of ModeSwitch as `layer`.
-        variables = traceback.tb_frame.f_locals
-        for module in (variables.get("self"), variables.get("layer")):
-            if isinstance(module, nn.Module):
-                name = vars(module).get("layer_name") or vars(module).get("prefix")
-                found = name if isinstance(name, str) and name else found
+        found = layer_of(traceback.tb_frame) or found
         traceback = traceback.tb_next
+    return found
+
+
+def layer_of(frame: FrameType) -> str | None:
+    """Name of the layer that a frame belongs to."""
+    found = None
+    # A module's own methods have it as `self`, the hooks of ModeSwitch as `layer`.
+    for module in (frame.f_locals.get("self"), frame.f_locals.get("layer")):
+        if isinstance(module, nn.Module):
+            name = vars(module).get("layer_name") or vars(module).get("prefix")
+            found = name if isinstance(name, str) and name else found
     return found

@@ -226,9 +226,8 @@ class SlottedVocabParallelEmbedding(Slotted, VocabParallelEmbedding):
             out: torch.Tensor = super().forward(input_)
             return out
         table, dims = self.weight_slots.whole, self.switch.dims
-        if dims.tp == 1:
-            return F.embedding(input_, table)
-        # Without added vocabulary the shards are consecutive ranges of token ids, and so are the slots of a rank.
+        # Without added vocabulary the shards are consecutive ranges of token ids, and so are the slots of a rank. Ids
+        # beyond all of them, which vLLM lets pass (as that of the tokenizer's size), give zeros as in TP mode.
         row = input_ - dims.tp_rank * table.shape[0]
         elsewhere = (row < 0) | (row >= table.shape[0])
         out = F.embedding(row.masked_fill(elsewhere, 0), table)

@@ -6,6 +6,7 @@ With the flags at their defaults it behaves as before, and nothing else of vLLM 
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import vllm
@@ -121,7 +122,8 @@ def _add_translation(engine_args: Any) -> None:
     @functools.wraps(stock_create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         unused = all(getattr(self, field.name) == field.default for field in dataclasses.fields(ShiftArgs))
-        if unused and CONFIG_KEY not in (self.additional_config or {}):
+        additional = self.additional_config
+        if unused and not (isinstance(additional, Mapping) and CONFIG_KEY in additional):
             return stock_create(self, *args, **kwargs)
         from vllm_shift.translate import create_shift_engine_config
 

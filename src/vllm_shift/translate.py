@@ -6,7 +6,7 @@ all ranks. What makes it shift is a dict in ``additional_config`` and the name o
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm import envs
@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.limits import ENGINE_LIMITS, MODEL_LIMITS, UNCHECKED_LIMITS, check, check_model_shape
 from vllm_shift.metrics import publish
+from vllm_shift.owner import name_owner
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -68,6 +69,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
             config.max_tp_tokens,
             most,
         )
+    name_owner()
     _use_shift_worker(vllm_config.parallel_config)
     _set_graph_sizes(vllm_config, config, _chose_graph_sizes(engine_args))
     if not engine_args.disable_log_stats:
@@ -83,7 +85,10 @@ def read_settings(engine_args: Any) -> ShiftConfig:
     """
     defaults = ShiftConfig().to_dict()
     flags = {name: getattr(engine_args, name, default) for name, default in defaults.items()}
-    settings = (engine_args.additional_config or {}).get(CONFIG_KEY, {})
+    additional = engine_args.additional_config or {}
+    if not isinstance(additional, Mapping):
+        raise ValueError(f"Shift Parallelism needs an additional_config that is a dict, got {additional!r}")
+    settings = additional.get(CONFIG_KEY, {})
     merged = flags | ShiftConfig.known(settings)
     for name, default in defaults.items():
         if flags[name] not in (default, merged[name]):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm import envs
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group, get_world_group, init_model_parallel_group
 from vllm.logger import init_logger
@@ -18,9 +19,11 @@ from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting
 from vllm_shift.limits import ARCHITECTURES
 from vllm_shift.metrics import open_counts
+from vllm_shift.owner import end_with_owner
 from vllm_shift.self_check import SelfCheck
 from vllm_shift.slots import Slots
 from vllm_shift.stats import StepCounter
+from vllm_shift.stuck import StuckStepWatch
 from vllm_shift.switch import ModeSwitch
 from vllm_shift.timing import ClockMark, CudaMark
 
@@ -36,6 +39,9 @@ class ShiftWorkerMixin(WorkerBase):
         self.shift_counter = self._step_counter()
         self._shift_groups: list[GroupCoordinator] = []
         self._step_check: StepCheck | None = None
+        mark = CudaMark if current_platform.is_cuda() else ClockMark
+        self._watch = StuckStepWatch(self.rank, mark, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+        end_with_owner()
 
     def init_device(self) -> None:
         """As the stock worker; then the process groups of SP mode."""
@@ -128,10 +134,16 @@ class ShiftWorkerMixin(WorkerBase):
             return super().execute_model(scheduler_output)
         in_sp = self.switch.is_sp_step(num_tokens)
         try:
-            with self.shift_counter.step(in_sp, num_tokens):
+            with (
+                self._watch.step(in_sp, num_tokens, max_tp_tokens),
+                self.shift_counter.step(in_sp, num_tokens),
+            ):
                 return super().execute_model(scheduler_output)
         except Exception as error:
             logger.error("Rank %d: %s", self.rank, describe_failure(error, in_sp, num_tokens, max_tp_tokens))
+            if self.rank != 0 and self.parallel_config.distributed_executor_backend == "mp":
+                # The executor hears of an error from rank 0 only, which may wait for this rank in a collective.
+                raise SystemExit(1) from error
             raise
 
     def shift_stats(self) -> dict[str, int]:
@@ -145,6 +157,7 @@ class ShiftWorkerMixin(WorkerBase):
     def shutdown(self) -> None:
         """As the stock worker; then our process groups, where no CUDA graph may still hold their communicators."""
         self.shift_counter.close()
+        self._watch.close()
         super().shutdown()
         if current_platform.is_cpu():
             for group in self._shift_groups:

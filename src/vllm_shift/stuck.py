@@ -1,0 +1,92 @@
+"""What the log says of a step that does not end, before vLLM gives it up: its mode, its size and the layer it is in.
+
+A rank that waits in a collective for one that never comes raises nothing, and vLLM's own time-out names neither.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from vllm.logger import init_logger
+
+from vllm_shift.failure import layer_of
+from vllm_shift.timing import Mark
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass
+class _Step:
+    began: float
+    thread: int
+    description: str
+    start: Mark
+    end: Mark | None = None
+    looked_at: bool = False
+
+    def has_ended(self) -> bool:
+        """Whether the call has returned and the device has come to its end."""
+        return self.end is not None and self.end.seconds_since(self.start) is not None
+
+
+class StuckStepWatch:
+    """A thread that logs, once a step, that the step has not ended.
+
+    Args:
+        rank: of this process.
+        mark: makes a mark of time; a GPU may still be busy when the call of a step has returned.
+        limit: seconds after which vLLM gives a step up; a step is reported after four fifths of them.
+    """
+
+    def __init__(self, rank: int, mark: Callable[[], Mark], limit: float) -> None:
+        self._rank, self._mark, self._limit = rank, mark, limit
+        self._step: _Step | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="StuckStepWatch", daemon=True).start()
+
+    @contextmanager
+    def step(self, in_sp: bool, num_tokens: int, max_tp_tokens: int) -> Iterator[None]:
+        """Watch the step that runs inside, until its end on the device or until the next one."""
+        mode = "SP" if in_sp else "TP"
+        description = f"A step in {mode} mode of {num_tokens} tokens (threshold {max_tp_tokens})"
+        step = self._step = _Step(time.monotonic(), threading.get_ident(), description, self._mark())
+        try:
+            yield
+        except BaseException:
+            self._step = None
+            raise
+        step.end = self._mark()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        after = self._limit * 0.8
+        while not self._closed.wait(self._limit / 50):
+            step = self._step
+            if step is None or step.looked_at or time.monotonic() - step.began < after:
+                continue
+            step.looked_at = True
+            if not step.has_ended():
+                self._report(step, after)
+
+    def _report(self, step: _Step, seconds: float) -> None:
+        where = "on the device, after the call that launched it"
+        if step.end is None and (frame := sys._current_frames().get(step.thread)):
+            innermost, layer = frame.f_code.co_qualname, layer_of(frame)
+            while layer is None and (frame := frame.f_back):
+                layer = layer_of(frame)
+            where = f"in {layer or 'no layer of the model'} ({innermost})"
+        logger.error(
+            "Rank %d: %s has not ended after %g s; it is %s. A rank that waits in a collective waits for another one. "
+            "vLLM gives up after %g s (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS).",
+            self._rank,
+            step.description,
+            seconds,
+            where,
+            self._limit,
+        )

@@ -1,0 +1,28 @@
+"""A worker extension (``--worker-extension-cls fault_plants.Plant``) that makes one rank fail inside the model."""
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+LAYER = "model.layers.1.self_attn.o_proj"
+
+
+class Plant:
+    """Its method is called on every rank, by ``collective_rpc``."""
+
+    def plant(self: Any, what: str, rank: int) -> None:
+        """From now on ``rank`` fails in one layer: in SP mode only, or in every step of stock vLLM."""
+
+        def fail(module: nn.Module, inputs: Any) -> None:
+            if hasattr(self, "switch") and not self.switch.in_sp:
+                return
+            if what == "raises":
+                raise RuntimeError("planted")
+            if what == "out of memory":
+                raise torch.OutOfMemoryError("planted: tried to allocate 1 EiB")
+            time.sleep(10_000)
+
+        if self.rank == rank:
+            self.model_runner.get_model().get_submodule(LAYER).register_forward_pre_hook(fail)

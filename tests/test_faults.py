@@ -1,0 +1,35 @@
+"""A server that breaks while clients stream: they are told soon, the log says why, and no process stays."""
+
+import faults
+import pytest
+import tiny
+from rank_group import free_ports
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.make_checkpoint("llama", tmp_path_factory.mktemp("faults"))
+
+
+def assert_clean_end(outcome):
+    assert outcome.clients_after < 10
+    bad = ("process ", "the launcher", "/dev/shm/vllm-shift")
+    assert not [line for line in outcome.left if line.startswith(bad)]
+
+
+def test_a_rank_that_raises_in_sp_mode_only(model, tmp_path):
+    """Rank 1, whose errors vLLM's executor does not hear of; TP mode goes on until a long prompt comes."""
+    outcome = faults.try_plant("both modes", "raises", model, free_ports(1), tmp_path / "server")
+    assert outcome.clients == [f"{faults.CLIENTS + 1} x error in the stream"]
+    assert "(threshold 8) failed in model.layers.1.self_attn.o_proj: RuntimeError: planted" in outcome.cause
+    assert "A step in SP mode of 16 tokens" in outcome.cause
+    assert_clean_end(outcome)
+
+
+def test_an_api_server_that_is_killed_takes_its_engine_along(model, tmp_path):
+    outcome = faults.try_kill("SP mode", "API server", "decode", model, free_ports(1), tmp_path / "server")
+    assert outcome.clients == [f"{faults.CLIENTS} x RemoteProtocolError"]
+    assert "the API server is gone" in outcome.cause
+    assert_clean_end(outcome)

@@ -1,0 +1,58 @@
+"""A worker ends its engine when the process that made the config was killed, and in no other family of processes."""
+
+import contextlib
+import os
+import select
+import signal
+import time
+
+import psutil
+import pytest
+
+from vllm_shift import owner
+
+
+def start_family(by_owner: bool) -> tuple[int, int, int]:
+    """Child, grandchild and great-grandchild of this process, in the places of API server, engine core and worker.
+
+    Args:
+        by_owner: whether the first of them makes the config, or this process.
+
+    Returns:
+        The pids of the first and of the last, and a descriptor that is at its end when the engine core has ended.
+    """
+    reader, writer = os.pipe()
+    if not by_owner:
+        owner.name_owner()
+    server = os.fork()
+    if server:
+        os.close(writer)
+        return server, int(os.read(reader, 20)), reader
+    try:
+        if by_owner:
+            owner.name_owner()
+        if os.fork():
+            os.close(writer)
+        elif not os.fork():
+            owner.end_with_owner()
+            os.write(writer, str(os.getpid()).encode())
+            os.close(writer)
+        time.sleep(30)
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("by_owner", [True, False])
+def test_a_worker_without_its_api_server(by_owner, monkeypatch):
+    monkeypatch.setenv("SHIFT_PARALLEL_OWNER", "0")  # and back to what it was, afterwards
+    server, worker, at_end = start_family(by_owner)
+    core = psutil.Process(worker).ppid()
+    assert not select.select([at_end], [], [], 0.5)[0]
+    os.kill(server, signal.SIGKILL)
+    os.waitpid(server, 0)
+    ended = bool(select.select([at_end], [], [], 5 if by_owner else 1)[0])
+    for process in (worker, core):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    os.close(at_end)
+    assert ended == by_owner

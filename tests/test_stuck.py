@@ -1,0 +1,83 @@
+"""What the log says of a step that does not end, and that it says nothing of others."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+from torch import nn
+
+from vllm_shift.stuck import StuckStepWatch
+from vllm_shift.timing import ClockMark
+
+LIMIT = 0.5
+
+
+class Layer(nn.Module):
+    """Waits, as a rank does in a collective that the others do not come to."""
+
+    def __init__(self, released: threading.Event) -> None:
+        super().__init__()
+        self.prefix, self._released = "model.layers.1.mlp.down_proj", released
+
+    def forward(self) -> None:
+        self._released.wait(30)
+
+
+class BusyDevice(ClockMark):
+    def seconds_since(self, start: ClockMark) -> None:
+        return None
+
+
+@contextmanager
+def watch(mark=ClockMark):
+    found = StuckStepWatch(3, mark, LIMIT)
+    yield found
+    found.close()
+
+
+def wait_for(caplog, count):
+    end = time.monotonic() + 20
+    while len(caplog.messages) < count and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("in_sp", "mode"), [(True, "SP"), (False, "TP")])
+def test_mode_size_and_layer_are_named_once(in_sp, mode, caplog_vllm):
+    released = threading.Event()
+    layer = Layer(released)
+    with watch() as found:
+
+        def run():
+            with found.step(in_sp, 64, 32):
+                layer()
+
+        step = threading.Thread(target=run)
+        step.start()
+        wait_for(caplog_vllm, 1)
+        time.sleep(LIMIT)
+        released.set()
+        step.join()
+    (line,) = caplog_vllm.messages
+    assert line.startswith(f"Rank 3: A step in {mode} mode of 64 tokens (threshold 32) has not ended after 0.4 s")
+    assert "it is in model.layers.1.mlp.down_proj (Condition.wait)." in line
+    assert "vLLM gives up after 0.5 s (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)" in line
+
+
+def test_a_step_whose_device_does_not_come_to_its_end(caplog_vllm):
+    with watch(BusyDevice) as found:
+        with found.step(True, 64, 32):
+            pass
+        wait_for(caplog_vllm, 1)
+    assert "it is on the device, after the call that launched it" in caplog_vllm.text
+
+
+def test_nothing_is_said_of_steps_that_end_or_fail(caplog_vllm):
+    with watch() as found:
+        with found.step(True, 64, 32):
+            pass
+        time.sleep(2 * LIMIT)
+        with pytest.raises(ZeroDivisionError), found.step(True, 64, 32):
+            raise ZeroDivisionError
+        time.sleep(2 * LIMIT)
+    assert caplog_vllm.messages == []
