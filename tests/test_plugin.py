@@ -175,12 +175,12 @@ def everything_unsupported(name):
             distributed_executor_backend="uni", _api_process_count=2,
         ),
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True), mode=1),
-        lora_config=1, speculative_config=speculative, kv_transfer_config=1, weight_transfer_config=1,
+        lora_config=1, speculative_config=speculative, weight_transfer_config=SimpleNamespace(backend="sparse_nccl"),
         cache_config=SimpleNamespace(cache_dtype="fp8"),
         offload_config=SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=4), prefetch=None),
         load_config=SimpleNamespace(load_format="gguf"),
         device_config=SimpleNamespace(device_type="xpu"),
-        model_config=SimpleNamespace(runner_type="pooling", enable_prompt_embeds=True),
+        model_config=SimpleNamespace(runner_type="pooling", enable_prompt_embeds=True, is_moe=True),
     )  # fmt: skip
     return {"model": model, "engine": engine}[name]
 

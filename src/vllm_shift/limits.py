@@ -27,11 +27,19 @@ ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
 )
 
+# Tested with images, too, on the CPU backend. The part that encodes them runs as in TP mode.
+MULTIMODAL_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)
+
+TESTED = ARCHITECTURES + MULTIMODAL_ARCHITECTURES
+
 # All of them fill parameters through the weight loaders that know the slots.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy")
 
 # A draft model of any of these runs in TP mode only.
 SPECULATIVE_METHODS = ("ngram", "eagle", "eagle3", "draft_model")
+
+# These reload whole weights, others may write into the parameters, which are one slot of several.
+WEIGHT_TRANSFER_BACKENDS = ("nccl", "ipc")
 
 EXECUTORS = ("mp", "ray", "external_launcher")
 
@@ -80,7 +88,11 @@ def _foreign_implementation(model: Any) -> Any:
 
 
 MODEL_LIMITS = (
-    Limit("multimodal models", lambda model: model.is_multimodal_model, "use a text-only model"),
+    Limit(
+        "multimodal models of architectures not tested",
+        lambda model: model.is_multimodal_model and _not_in(model.architecture, MULTIMODAL_ARCHITECTURES),
+        f"use a text-only model, or one of {', '.join(MULTIMODAL_ARCHITECTURES)}",
+    ),
     Limit("encoder-decoder models", lambda model: model.is_encoder_decoder, "use a decoder-only model"),
     Limit(
         "pooling models of architectures not tested",
@@ -101,8 +113,8 @@ MODEL_LIMITS = (
 UNCHECKED_LIMITS = (
     Limit(
         "architectures not tested yet, with the self-check off",
-        lambda model: _not_in(model.architecture, ARCHITECTURES),
-        f'leave additional_config["shift_parallel"]["self_check"] at true, or use one of {", ".join(ARCHITECTURES)}',
+        lambda model: _not_in(model.architecture, TESTED),
+        f'leave additional_config["shift_parallel"]["self_check"] at true, or use one of {", ".join(TESTED)}',
     ),
 )
 
@@ -181,11 +193,6 @@ ENGINE_LIMITS = (
         "use one of the two",
     ),
     Limit(
-        "KV connectors and KV offloading",
-        lambda config: config.kv_transfer_config is not None,
-        "leave out --kv-transfer-config and --kv-offloading-size",
-    ),
-    Limit(
         "a quantized KV cache",
         lambda config: _not_in(config.cache_config.cache_dtype, ("auto", "bfloat16", "float16", "float32")),
         "leave --kv-cache-dtype at auto",
@@ -196,9 +203,11 @@ ENGINE_LIMITS = (
         "leave out --cpu-offload-gb and --offload-group-size",
     ),
     Limit(
-        "weight transfer",
-        lambda config: config.weight_transfer_config is not None,
-        "leave out --weight-transfer-config",
+        "weight transfer other than of whole checkpoints",
+        lambda config: (
+            config.weight_transfer_config and _not_in(config.weight_transfer_config.backend, WEIGHT_TRANSFER_BACKENDS)
+        ),
+        f"use one of the backends {', '.join(WEIGHT_TRANSFER_BACKENDS)}",
     ),
     Limit(
         "load formats that bypass the weight loaders",
