@@ -147,7 +147,19 @@ ENGINE_LIMITS = (
         ),
         "tried with external_launcher only; set --pipeline-parallel-size 1",
     ),
-    Limit("data parallelism", _above_one("data_parallel_size"), "start one server a replica, behind a load balancer"),
+    Limit(
+        "data parallelism of mixture-of-experts models",
+        lambda config: config.model_config.is_moe and _above_one("data_parallel_size")(config),
+        "start one server a replica, behind a load balancer",
+    ),
+    Limit(
+        "data parallelism with executors other than multiprocessing",
+        lambda config: (
+            _above_one("data_parallel_size")(config)
+            and _not_in(config.parallel_config.distributed_executor_backend, ("mp",))
+        ),
+        "use --distributed-executor-backend mp",
+    ),
     Limit("prefill context parallelism", _above_one("prefill_context_parallel_size"), "leave out its flag"),
     Limit("decode context parallelism", _above_one("decode_context_parallel_size"), "leave out its flag"),
     Limit(
@@ -170,11 +182,6 @@ ENGINE_LIMITS = (
         "batch invariance",
         lambda config: envs.VLLM_BATCH_INVARIANT,
         "unset VLLM_BATCH_INVARIANT: sums are rounded differently in the two modes",
-    ),
-    Limit(
-        "several API server processes",
-        lambda config: config.parallel_config._api_process_count > 1 and config.parallel_config._api_process_count,
-        "set --api-server-count 1",
     ),
     Limit("LoRA", lambda config: config.lora_config is not None, "leave out --enable-lora"),
     Limit(
