@@ -157,7 +157,6 @@ def counts(llm: Any) -> dict[str, int]:
 def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list[Any] | None) -> Any:
     """One run per threshold, with the difference of its KV caches from stock's; or as many runs of stock vLLM."""
     ours = {"ulysses_sequence_parallel_size": job["sp"], "enable_shift_parallel": True, "shift_parallel_threshold": 20}
-    ours |= feature.get("ours", {})
     size = job["tp"] if stock_caches else job["sp"] * job["tp"]
     lines: list[str] = []
     handler = logging.Handler()
