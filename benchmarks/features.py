@@ -67,8 +67,10 @@ CUDA_MODELS = {
 def job_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The job of ``feature_main``, for this GPU."""
     model = str(tiny.make_checkpoint(args.model, folder))
-    features = test_features.features(model, folder) | {"tokens": {"ask": "tokens", "args": {}}}
-    features["eagle3"] = test_features.speculative(method="eagle3", model=str(tiny.make_drafter("eagle3", folder)))
+    features: dict[str, Any] = {"tokens": {"ask": "tokens", "args": {}}}
+    if args.names != ["tokens"]:
+        features |= test_features.features(model, folder)
+        features["eagle3"] = test_features.speculative(method="eagle3", model=str(tiny.make_drafter("eagle3", folder)))
     common = test_features.common(model) | shared_gpu.engine_args()
     common |= {"enforce_eager": args.eager, "dtype": args.dtype}
     del common["block_size"]
@@ -76,6 +78,7 @@ def job_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         # Of the attention kernels for CUDA, these take fp32.
         common["attention_config"] = {"backend": "TRITON_ATTN"}
     return {
+        "folder": str(folder), "checkpoints": [model, str(tiny.make_checkpoint("llama", folder / "other", seed=1))],
         "sp": 2, "tp": 1, "start_threshold": args.threshold, "thresholds": [args.threshold], "common": common,
         "prompts": test_features.prompts(), "features": [{"name": name} | features[name] for name in args.names],
     }  # fmt: skip
@@ -93,7 +96,7 @@ def compare(stock: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str
             pairs = zip(theirs["numbers"], our["numbers"], strict=True)
             found["largest_difference"] = max([found["largest_difference"], *(abs(a - b) for a, b in pairs)])
     found["kv_difference"] = max(run["kv_difference"] for run in ours)
-    found["drafts"] = [[run["drafts"] for run in runs] for runs in (stock, ours)]
+    found["counts"] = [[run["counts"] for run in runs] for runs in (stock, ours)]
     found["steps"] = [run["stats"] for run in ours]
     found["self_check"] = [line for line in ours[0]["lines"] if "self-check" in line]
     return found
@@ -103,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "names", nargs="+", metavar="feature",
-        help="sampling, 'prompt embeddings', ngram, eagle, eagle3, 'draft model', pooling, or tokens",
+        help="tokens, eagle3, or one of tests/test_features.py, such as ngram or 'KV connector'",
     )  # fmt: skip
     tiny.MORE_CONFIGS.update(CUDA_MODELS)
     parser.add_argument("--model", default="llama", choices=tiny.CONFIGS | tiny.MORE_CONFIGS)

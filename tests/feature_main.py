@@ -7,16 +7,20 @@ import gc
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import rank_main
+import tiny
 import torch
 import transformers
 from rank_main import generate
+from safetensors.torch import load_file
 from vllm import LLM, PoolingParams, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 
@@ -61,6 +65,10 @@ def embeds(llm: Any, job: dict[str, Any]) -> Any:
         {"prompt_embeds": table(torch.tensor(prompt)).detach()} if number % 2 else {"prompt_token_ids": prompt}
         for number, prompt in enumerate(job["prompts"])
     ]
+    return greedy(llm, prompts)
+
+
+def greedy(llm: Any, prompts: list[Any]) -> Any:
     params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=1, ignore_eos=True)
     results = []
     for output in llm.generate(prompts, params, use_tqdm=False):
@@ -77,10 +85,73 @@ def pooling(llm: Any, job: dict[str, Any]) -> Any:
     return [{"tokens": [], "numbers": output.outputs.embedding} for output in outputs]
 
 
-def drafts(llm: Any) -> dict[str, int]:
-    """Draft tokens so far, and how many of them were accepted."""
-    names = ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens")
-    return {metric.name.split("_num_")[-1]: metric.value for metric in llm.get_metrics() if metric.name in names}
+def images(llm: Any, job: dict[str, Any]) -> Any:
+    """Prompts with an image, and without one in the same batch."""
+    prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    for number in (0, 2):
+        ids = prompts[number]["prompt_token_ids"]
+        middle = len(ids) // 2
+        marked = [tiny.IMAGE_TOKEN + i for i in (2, 0, 3)]
+        prompts[number] = {
+            "prompt_token_ids": ids[:middle] + marked + ids[middle:],
+            "multi_modal_data": {"image": tiny.image(number)},
+        }
+    return greedy(llm, prompts)
+
+
+def stored(llm: Any, job: dict[str, Any]) -> Any:
+    """Prompts whose KV cache a connector stores, and again when only the connector has it."""
+    store = Path(job["folder"]) / "store" / os.environ["RANK"]
+    before = len(list(store.glob("*")))  # 0, unless the start of the engine left something there
+    first = tokens(llm, job)
+    llm.reset_prefix_cache()
+    second = tokens(llm, job)
+    shutil.rmtree(store)
+    return [{"tokens": before, "numbers": []}, *first, *second]
+
+
+def reloads(llm: Any, job: dict[str, Any]) -> Any:
+    """A second checkpoint by ``reload_weights``, then the first one again in the manner of a weight transfer."""
+    results = tokens(llm, job)
+    rpc, paths = llm.llm_engine.collective_rpc, job["checkpoints"]
+    for update, path in ((reload_weights, paths[1]), (transfer_weights, paths[0])):
+        rpc(spoil_weights)
+        rpc(update, args=(path,))
+        llm.reset_prefix_cache()
+        results += tokens(llm, job)
+    return results
+
+
+def spoil_weights(worker: Any) -> None:
+    """As a level 2 sleep leaves them."""
+    for parameter in worker.model_runner.get_model().parameters():
+        whole = parameter.data.new_empty(0).set_(parameter.data.untyped_storage())
+        whole.fill_(float("nan"))
+
+
+def reload_weights(worker: Any, path: str) -> None:
+    worker.reload_weights(weights_path=path)
+
+
+def transfer_weights(worker: Any, path: str) -> None:
+    """What vLLM's weight transfer engines do with what they receive."""
+    model, weights = worker.model_runner.get_model(), load_file(Path(path) / "model.safetensors")
+    initialize_layerwise_reload(model)
+    for name, weight in weights.items():
+        model.load_weights([(name, weight)])
+    finalize_layerwise_reload(model, worker.model_config)
+
+
+COUNTERS = {
+    "vllm:spec_decode_num_draft_tokens": "drafted",
+    "vllm:spec_decode_num_accepted_tokens": "accepted",
+    "vllm:external_prefix_cache_hits": "loaded",
+}
+
+
+def counts(llm: Any) -> dict[str, int]:
+    """Tokens so far: drafted, accepted of these, and loaded by a KV connector."""
+    return {COUNTERS[metric.name]: metric.value for metric in llm.get_metrics() if metric.name in COUNTERS}
 
 
 def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list[Any] | None) -> Any:
@@ -102,9 +173,9 @@ def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list
             before = rpc("shift_stats")[0]
         llm.reset_prefix_cache()
         rpc(rank_main.zero_kv_caches)
-        run: dict[str, Any] = {"threshold": threshold, "lines": lines, "drafts": drafts(llm)}
+        run: dict[str, Any] = {"threshold": threshold, "lines": lines, "counts": counts(llm)}
         run["outputs"] = globals()[feature["ask"]](llm, job)
-        run["drafts"] = {name: value - run["drafts"][name] for name, value in drafts(llm).items()}
+        run["counts"] = {name: value - run["counts"][name] for name, value in counts(llm).items()}
         caches = rpc(rank_main.kv_caches)[0]
         if stock_caches:
             after = rpc("shift_stats")[0]

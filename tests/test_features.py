@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+import transformers
 from rank_group import run_ranks
 
 pytestmark = pytest.mark.engine
@@ -29,6 +31,28 @@ def features(model: str, folder: Path) -> dict[str, dict[str, Any]]:
         "eagle": speculative(method="eagle", model=str(tiny.make_drafter("eagle", folder))),
         "draft model": speculative(method="draft_model", model=model),
         "pooling": {"ask": "pooling", "args": {"runner": "pooling"}},
+        # It stores what a prompt has in its first step.
+        "KV connector": {
+            "ask": "stored",
+            "args": {"kv_transfer_config": connector(folder / "store"), "max_num_batched_tokens": 1024},
+        },
+        "reload": {"ask": "reloads", "args": {}},
+        "images": images(str(tiny.make_vision_checkpoint(folder))),
+    }
+
+
+def images(model: str, **args: Any) -> dict[str, Any]:
+    # vLLM's profile calls the processor in a way that this version of transformers refuses.
+    limits = {"skip_mm_profiling": True, "limit_mm_per_prompt": {"image": 1, "video": 0}}
+    return {"ask": "images", "args": {"model": model} | limits | args}
+
+
+def connector(store: Path) -> dict[str, Any]:
+    return {
+        "kv_connector": "RankStore",
+        "kv_connector_module_path": "rank_store",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(store)},
     }
 
 
@@ -50,6 +74,7 @@ def run(world: int, sp: int, tp: int, features: dict[str, dict[str, Any]], model
     job = {
         "folder": str(folder), "sp": sp, "tp": tp, "start_threshold": 20, "thresholds": THRESHOLDS,
         "prompts": prompts(), "common": common(model),
+        "checkpoints": [model, str(tiny.make_checkpoint("llama", folder / "other", seed=1))],
         "features": [{"name": name} | feature for name, feature in features.items()],
     }  # fmt: skip
     return run_ranks("feature_main.py", world, folder, job, ports=2 * len(features))
@@ -73,7 +98,7 @@ def assert_equal_to_stock(results: list[dict], name: str) -> None:
             for our, their in zip(ours["outputs"], stock["outputs"], strict=True):
                 assert our["tokens"] == their["tokens"]
                 assert our["numbers"] == pytest.approx(their["numbers"], abs=TOLERANCE)
-            assert ours["drafts"] == stock["drafts"]
+            assert ours["counts"] == stock["counts"]
             assert ours["kv_difference"] < TOLERANCE
             stats, threshold = ours["stats"], ours["threshold"]
             assert stats["sp_steps"] > 0
@@ -81,7 +106,20 @@ def assert_equal_to_stock(results: list[dict], name: str) -> None:
             assert any("self-check passed" in line for line in ours["lines"]) == (rank == 0)
 
 
-@pytest.mark.parametrize("name", ["sampling", "prompt embeddings", "ngram", "eagle", "draft model", "pooling"])
+NAMES = [
+    "sampling",
+    "prompt embeddings",
+    "ngram",
+    "eagle",
+    "draft model",
+    "pooling",
+    "KV connector",
+    "reload",
+    "images",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_results_equal_stock_in_both_modes(two_ranks, name):
     assert_equal_to_stock(two_ranks, name)
 
@@ -89,7 +127,46 @@ def test_results_equal_stock_in_both_modes(two_ranks, name):
 @pytest.mark.parametrize("name", ["ngram", "draft model"])
 def test_drafts_are_accepted(two_ranks, name):
     for run in two_ranks[0][name]["ours"]:
-        assert run["drafts"]["accepted_tokens"] > 20
+        assert run["counts"]["accepted"] > 20
+
+
+def test_the_connector_has_what_was_asked_again_and_nothing_of_the_self_check(two_ranks):
+    for result in two_ranks:
+        for run in result["KV connector"]["ours"]:
+            assert run["outputs"][0]["tokens"] == 0
+            assert run["counts"]["loaded"] > 200
+
+
+def test_a_reload_changes_the_weights(two_ranks):
+    for run in two_ranks[0]["reload"]["ours"]:
+        answers = [output["tokens"] for output in run["outputs"]]
+        first, second, again = (answers[i : i + len(prompts())] for i in range(0, len(answers), len(prompts())))
+        assert first == again
+        assert first != second
+
+
+def test_images_equal_transformers(two_ranks, tmp_path):
+    path = tiny.make_vision_checkpoint(tmp_path)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    number, prompt = 2, prompts()[2]
+    seen = processor.image_processor(tiny.image(number), return_tensors="pt")
+    places = int(seen["image_grid_thw"].prod()) // 4  # the model merges 2 x 2 patches
+    start, image, end = (tiny.IMAGE_TOKEN + i for i in (2, 0, 3))
+    middle = len(prompt) // 2
+    ids = [*prompt[:middle], start, *[image] * places, end, *prompt[middle:]]
+    kinds = torch.tensor([[int(token == image) for token in ids]])
+    inputs = {"input_ids": torch.tensor([ids]), "mm_token_type_ids": kinds, **seen}
+    found = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, len(ids) :]
+    for run in two_ranks[0]["images"]["ours"]:
+        assert run["outputs"][number]["tokens"] == found.tolist()
+
+
+@pytest.mark.nightly
+def test_images_with_the_encoder_split_by_images(model, tmp_path):
+    name = "whole encoder on every rank"
+    feature = images(str(tiny.make_vision_checkpoint(tmp_path)), mm_encoder_tp_mode="data")
+    assert_equal_to_stock(run(2, 2, 1, {name: feature}, model, tmp_path), name)
 
 
 @pytest.mark.nightly

@@ -45,8 +45,11 @@ def samples(collector) -> dict[tuple, float]:
 @pytest.fixture
 def engine():
     """A config as far as the metrics read it, under a name that no other engine has."""
+    parallel = {"data_parallel_size": 1, "data_parallel_rank": 0, "data_parallel_index": 0, "local_engines_only": False}
     return SimpleNamespace(
-        instance_id=f"test-{time.time_ns()}", model_config=SimpleNamespace(served_model_name="a model")
+        instance_id=f"test-{time.time_ns()}",
+        model_config=SimpleNamespace(served_model_name="a model"),
+        parallel_config=SimpleNamespace(**parallel),
     )
 
 
@@ -158,13 +161,30 @@ def test_a_second_engine_in_one_process_takes_the_place_of_the_first(engine):
     assert {metric.labels["model_name"] for metric in shown} == {"a model"}
 
 
+def test_data_parallel_engines_have_their_own_counts(engine):
+    engine.parallel_config.data_parallel_size = 2
+    metrics.publish(engine)
+    counters = []
+    for index in (0, 1):
+        engine.parallel_config.data_parallel_index = index
+        counters.append(StepCounter(metrics.open_counts(engine)))
+        counters[-1].start(100 + index)
+    with counters[1].step(in_sp=True, num_tokens=200):
+        pass
+    families = {family.name: family.samples for family in metrics._collector.collect()}
+    found = {sample.labels["engine"]: sample.value for sample in families["vllm:shift_threshold_tokens"]}
+    assert found == {"0": 100, "1": 101}
+    steps = {(each.labels["engine"], each.labels["mode"]): each.value for each in families["vllm:shift_steps"]}
+    assert steps == {("0", "tp"): 0, ("0", "sp"): 0, ("1", "tp"): 0, ("1", "sp"): 1}
+
+
 def test_no_file_is_left(engine):
     metrics.publish(engine)
     metrics.open_counts(engine)
-    assert not metrics._path(engine).exists()
+    assert not metrics._path(engine, 0).exists()
     never_starts = SimpleNamespace(**vars(engine) | {"instance_id": engine.instance_id + "-2"})
     metrics.publish(never_starts)
-    path = metrics._path(never_starts)
+    path = metrics._path(never_starts, 0)
     assert path.exists()
     REGISTRY.unregister(metrics._collector)
     metrics._collector = None

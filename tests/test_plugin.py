@@ -47,6 +47,26 @@ def test_flags_reach_the_fields(args_cls, llama):
     assert defaults.shift_parallel_threshold == 256
 
 
+@pytest.mark.parametrize("args_cls", [EngineArgs, AsyncEngineArgs])
+def test_flags_survive_a_process_that_reads_them_before_it_loads_plugins(args_cls, llama):
+    parser = args_cls.add_cli_args(FlexibleArgumentParser())
+    flags = ["--model", llama, "--ulysses-sequence-parallel-size", "2", "--enable-shift-parallel"]
+    for more in ([], ["--additional-config", '{"other": 1, "shift_parallel": {"self_check": false}}']):
+        args = parser.parse_args(flags + more)
+        parent = args_cls.from_cli_args(args)
+        child = args_cls(model=llama, additional_config=args.additional_config)
+        settings = [translate.read_settings(each) for each in (parent, child)]
+        assert settings[0] == settings[1]
+        assert settings[0].active
+        assert settings[0].self_check == (not more)
+    args = parser.parse_args(["--model", llama])
+    args_cls.from_cli_args(args)
+    assert args.additional_config == {}
+    wrong = ["--additional-config", '{"shift_parallel": {"ulysses_sequence_parallel_size": 4}}']
+    with pytest.raises(ValueError, match=r"4 in additional.*give it once"):
+        translate.read_settings(args_cls.from_cli_args(parser.parse_args(flags + wrong)))
+
+
 def test_help_shows_the_flags_in_a_group_of_their_own():
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     (group,) = [group for group in parser._action_groups if group.title == "ShiftParallelConfig"]
@@ -132,7 +152,6 @@ BAD = [
     ({"shift_parallel_threshold": -5}, "at least 0, or 'auto', got -5"),
     ({"shift_parallel_threshold": "many"}, "got 'many'"),
     ({"pipeline_parallel_size": 2}, r"pipeline parallelism with executors .*\(mp\): tried with external_launcher only"),
-    ({"data_parallel_size": 2}, r"data parallelism \(2\)"),
     ({"enable_lora": True}, "LoRA: leave out --enable-lora"),
     ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, r"speculative decoding other than .*\(ngram_gpu\): use"),
     ({"speculative_config": NGRAM, "pipeline_parallel_size": 2}, "pipeline parallelism together with speculative"),
@@ -186,15 +205,15 @@ def everything_unsupported(name):
     engine = SimpleNamespace(
         parallel_config=SimpleNamespace(
             **{f"{size}_parallel_size": 2 for size in sizes}, enable_expert_parallel=True, use_ubatching=True,
-            distributed_executor_backend="uni", _api_process_count=2,
+            distributed_executor_backend="uni",
         ),
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True), mode=1),
-        lora_config=1, speculative_config=speculative, kv_transfer_config=1, weight_transfer_config=1,
+        lora_config=1, speculative_config=speculative, weight_transfer_config=SimpleNamespace(backend="sparse_nccl"),
         cache_config=SimpleNamespace(cache_dtype="fp8"),
         offload_config=SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=4), prefetch=None),
         load_config=SimpleNamespace(load_format="gguf"),
         device_config=SimpleNamespace(device_type="xpu"),
-        model_config=SimpleNamespace(runner_type="pooling", enable_prompt_embeds=True),
+        model_config=SimpleNamespace(runner_type="pooling", is_moe=True, quantization="fp8"),
     )  # fmt: skip
     return {"model": model, "engine": engine}[name]
 
@@ -202,7 +221,7 @@ def everything_unsupported(name):
 def test_what_was_tried_on_the_cpu_only_is_refused_on_cuda():
     config = everything_unsupported("engine")
     tried = [limit for limit in limits.ENGINE_LIMITS if limit.name.endswith("on CUDA")]
-    assert len(tried) == 4
+    assert len(tried) == 1
     for limit in tried:
         config.device_config.device_type = "cuda"
         assert limit.found(config)

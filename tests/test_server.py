@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +18,8 @@ import httpx
 import openai
 import pytest
 import tiny
+import torch
+import transformers
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.utils.network_utils import get_open_port
 
@@ -314,3 +316,34 @@ def test_plain_ulysses_by_the_other_command_with_a_compiled_model(server, model,
         assert not [name for name, *_ in other.metrics() if name.startswith("vllm:")]
     finally:
         other.stop()
+
+
+@pytest.mark.nightly
+def test_two_replicas_behind_two_api_servers(model, tmp_path):
+    """Data parallelism, and API servers that read the flags before they load plugins."""
+    prompts = [tokens(length, start=length) for length in (90, 20, 70, 3, 100, 50)]
+    flags = ["--ulysses-sequence-parallel-size", "2", "--enable-shift-parallel", "--shift-parallel-threshold", "32"]
+    flags += ["--data-parallel-size", "2", "--api-server-count", "2", "--enforce-eager"]
+    server = Server("vllm serve", model, tmp_path / "log", flags, {})
+    try:
+        server.wait_until_ready(800)
+        # A connection each, so that both API servers take part.
+        answers = [server.client().completions.create(**REQUEST | {"prompt": prompt}) for prompt in prompts]
+        time.sleep(2)  # vLLM's own variable makes a line due after a second
+    finally:
+        server.stop()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    reference.generation_config.eos_token_id = None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        found = reference.generate(torch.tensor([prompt]), max_new_tokens=REQUEST["max_tokens"], do_sample=False)
+        expected = tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
+        assert answer.choices[0].text.split() == expected.split()
+    log = server.log.read_text()
+    assert log.count("self-check passed") == 2
+    # Each replica took some of the requests: its line counts steps since its own start.
+    by_engine = defaultdict(list)
+    for worker, steps in re.findall(r"Worker_TP0 pid=(\d+).*since start TP \d+, SP (\d+) steps", log):
+        by_engine[worker].append(int(steps))
+    assert len(by_engine) == 2
+    assert sum(steps[-1] for steps in by_engine.values()) == sum(len(prompt) > THRESHOLD for prompt in prompts)

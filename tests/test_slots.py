@@ -1,5 +1,8 @@
 """Slot storage: one copy of the weights, the TP shard a view of it."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -65,7 +68,6 @@ def test_a_model_may_add_dimensions_before_loading():
     assert torch.equal(layer.weight.data, whole[3:])
     assert layer.weight.untyped_storage().nbytes() == whole[3:].nbytes
     assert layer.weight.weight_loader == layer.load
-    assert not [value for value in vars(slots).values() if isinstance(value, torch.Tensor)]
 
 
 def test_dummy_weights_repeat_the_own_slot():
@@ -75,3 +77,38 @@ def test_dummy_weights_repeat_the_own_slot():
     layer.weight.data.copy_(torch.arange(10.0).view(2, 5))
     slots.repeat_own()
     assert torch.equal(slots.whole, torch.arange(10.0).view(2, 5).repeat(3, 1))
+
+
+def test_a_reload_counts_first_and_then_fills_all_slots():
+    dims = ParallelDims(2, 1, 1)
+    layer = Layer((3, 4), 0, 1)
+    slots = Slots(layer.weight, 0, dims, layer.impersonate)
+    load, whole = layer.weight.weight_loader, torch.arange(24.0).view(6, 4)
+    slots.whole.zero_()
+    load(nn.Parameter(torch.empty(3, 4, device="meta"), requires_grad=False), whole)
+    assert not slots.whole.any()
+    stands_for_it = nn.Parameter(torch.empty(3, 4), requires_grad=False)
+    load(stands_for_it, whole)
+    assert torch.equal(slots.whole, whole)
+    assert torch.equal(stands_for_it, whole[3:])
+    assert torch.equal(layer.weight, whole[3:])
+
+
+def test_a_loader_keeps_neither_layer_nor_slots_alive():
+    layer = Layer((3, 4), 0, 1)
+    slots = Slots(layer.weight, 0, ParallelDims(2, 1, 1), layer.impersonate)
+    loader, gone = layer.weight.weight_loader, [weakref.ref(layer), weakref.ref(slots)]  # noqa: F841
+    del layer, slots
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_after_the_release_an_old_loader_is_the_stock_one():
+    layer = Layer((3, 4), 0, 1)
+    slots = Slots(layer.weight, 0, ParallelDims(2, 1, 1), layer.impersonate)
+    loader, whole = layer.weight.weight_loader, torch.arange(24.0).view(6, 4)
+    slots.release()
+    del slots
+    gc.collect()
+    loader(layer.weight, whole)
+    assert torch.equal(layer.weight, whole[3:])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from PIL.Image import Image, fromarray
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -66,11 +67,11 @@ MORE_CONFIGS = {
 }  # fmt: skip
 
 
-def make_checkpoint(name: str, folder: Path) -> Path:
+def make_checkpoint(name: str, folder: Path, seed: int = 0) -> Path:
     """Write a random fp32 checkpoint of the named architecture, biases and norms random, too, and a tokenizer."""
     config_cls, extra = (CONFIGS | MORE_CONFIGS)[name]
     config = config_cls(**(SHAPE | extra))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -81,11 +82,55 @@ def make_checkpoint(name: str, folder: Path) -> Path:
             model.get_input_embeddings().weight.mul_(0.1)
     path = folder / name
     model.save_pretrained(path)
-    words = {f"w{i}": i for i in range(SHAPE["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(path)
+    _tokenizer().save_pretrained(path)
     return path
+
+
+def _tokenizer(*special: str, **named: str) -> transformers.PreTrainedTokenizerFast:
+    words = [*(f"w{i}" for i in range(SHAPE["vocab_size"])), *special]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="w2", extra_special_tokens=named or None
+    )
+
+
+# Stands for a part of an image; then come those of a video, of the start and of the end of either.
+IMAGE_TOKEN = SHAPE["vocab_size"]
+
+
+def make_vision_checkpoint(folder: Path) -> Path:
+    """Write a random fp32 checkpoint of Qwen2.5-VL, which takes images, and its processor."""
+    special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    vision = {
+        "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "fullatt_block_indexes": [1],
+        "window_size": 56, "out_hidden_size": SHAPE["hidden_size"],
+    }  # fmt: skip
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=SHAPE | {"vocab_size": 512, "tie_word_embeddings": False, "rope_parameters": rope},
+        vision_config=vision,
+        tie_word_embeddings=False,
+        **{name: IMAGE_TOKEN + i for i, name in enumerate(ids)},
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    path = folder / "qwen2_5_vl"
+    model.save_pretrained(path)
+    transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=16 * 28 * 28),
+        video_processor=transformers.Qwen2VLVideoProcessor(),
+        tokenizer=_tokenizer(*special, image_token=special[0], video_token=special[1]),
+    ).save_pretrained(path)
+    return path
+
+
+def image(number: int) -> Image:
+    """A picture of noise, 84 x 84."""
+    generator = torch.Generator().manual_seed(number)
+    return fromarray(torch.randint(0, 256, (84, 84, 3), generator=generator, dtype=torch.uint8).numpy())
 
 
 def prompts() -> list[list[int]]:

@@ -36,7 +36,10 @@ class CompiledTwins:
         sp_config = _config_of_twin(vllm_config)
         for parent in list(model.modules()):
             for name, child in parent.named_children():
-                if isinstance(child, TorchCompileWithNoGuardsWrapper) and not child.do_not_compile:
+                if not isinstance(child, TorchCompileWithNoGuardsWrapper) or child.do_not_compile:
+                    continue
+                # What encodes images runs before the model's forward pass, so never in SP mode.
+                if not child._is_encoder:
                     self._swaps.append((parent, name, child, _twin(child, sp_config)))
 
     def __bool__(self) -> bool:

@@ -27,6 +27,11 @@ ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
 )
 
+# Tested with images, too, on the CPU backend. The part that encodes them runs as in TP mode.
+MULTIMODAL_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)
+
+TESTED = ARCHITECTURES + MULTIMODAL_ARCHITECTURES
+
 # All of them fill parameters through the weight loaders that know the slots.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy")
 
@@ -47,6 +52,9 @@ QUANTIZATIONS = (
 
 # A draft model of any of these runs in TP mode only.
 SPECULATIVE_METHODS = ("ngram", "eagle", "eagle3", "draft_model")
+
+# These reload whole weights, others may write into the parameters, which are one slot of several.
+WEIGHT_TRANSFER_BACKENDS = ("nccl", "ipc")
 
 EXECUTORS = ("mp", "ray", "external_launcher")
 
@@ -95,7 +103,11 @@ def _foreign_implementation(model: Any) -> Any:
 
 
 MODEL_LIMITS = (
-    Limit("multimodal models", lambda model: model.is_multimodal_model, "use a text-only model"),
+    Limit(
+        "multimodal models of architectures not tested",
+        lambda model: model.is_multimodal_model and _not_in(model.architecture, MULTIMODAL_ARCHITECTURES),
+        f"use a text-only model, or one of {', '.join(MULTIMODAL_ARCHITECTURES)}",
+    ),
     Limit("encoder-decoder models", lambda model: model.is_encoder_decoder, "use a decoder-only model"),
     Limit(
         "pooling models of architectures not tested",
@@ -120,8 +132,8 @@ MODEL_LIMITS = (
 UNCHECKED_LIMITS = (
     Limit(
         "architectures not tested yet, with the self-check off",
-        lambda model: _not_in(model.architecture, ARCHITECTURES),
-        f'leave additional_config["shift_parallel"]["self_check"] at true, or use one of {", ".join(ARCHITECTURES)}',
+        lambda model: _not_in(model.architecture, TESTED),
+        f'leave additional_config["shift_parallel"]["self_check"] at true, or use one of {", ".join(TESTED)}',
     ),
 )
 
@@ -139,7 +151,19 @@ ENGINE_LIMITS = (
         ),
         "tried with external_launcher only; set --pipeline-parallel-size 1",
     ),
-    Limit("data parallelism", _above_one("data_parallel_size"), "start one server a replica, behind a load balancer"),
+    Limit(
+        "data parallelism of mixture-of-experts models",
+        lambda config: config.model_config.is_moe and _above_one("data_parallel_size")(config),
+        "start one server a replica, behind a load balancer",
+    ),
+    Limit(
+        "data parallelism with executors other than multiprocessing",
+        lambda config: (
+            _above_one("data_parallel_size")(config)
+            and _not_in(config.parallel_config.distributed_executor_backend, ("mp",))
+        ),
+        "use --distributed-executor-backend mp",
+    ),
     Limit("prefill context parallelism", _above_one("prefill_context_parallel_size"), "leave out its flag"),
     Limit("decode context parallelism", _above_one("decode_context_parallel_size"), "leave out its flag"),
     Limit(
@@ -163,11 +187,6 @@ ENGINE_LIMITS = (
         lambda config: envs.VLLM_BATCH_INVARIANT,
         "unset VLLM_BATCH_INVARIANT: sums are rounded differently in the two modes",
     ),
-    Limit(
-        "several API server processes",
-        lambda config: config.parallel_config._api_process_count > 1 and config.parallel_config._api_process_count,
-        "set --api-server-count 1",
-    ),
     Limit("LoRA", lambda config: config.lora_config is not None, "leave out --enable-lora"),
     Limit(
         "speculative decoding other than n-gram, EAGLE, EAGLE-3 and draft models",
@@ -185,11 +204,6 @@ ENGINE_LIMITS = (
         "use one of the two",
     ),
     Limit(
-        "KV connectors and KV offloading",
-        lambda config: config.kv_transfer_config is not None,
-        "leave out --kv-transfer-config and --kv-offloading-size",
-    ),
-    Limit(
         "a quantized KV cache",
         lambda config: _not_in(config.cache_config.cache_dtype, ("auto", "bfloat16", "float16", "float32")),
         "leave --kv-cache-dtype at auto, or where a checkpoint sets it, set it to bfloat16",
@@ -200,9 +214,16 @@ ENGINE_LIMITS = (
         "leave out --cpu-offload-gb and --offload-group-size",
     ),
     Limit(
-        "weight transfer",
-        lambda config: config.weight_transfer_config is not None,
-        "leave out --weight-transfer-config",
+        "weight transfer other than of whole checkpoints",
+        lambda config: (
+            config.weight_transfer_config and _not_in(config.weight_transfer_config.backend, WEIGHT_TRANSFER_BACKENDS)
+        ),
+        f"use one of the backends {', '.join(WEIGHT_TRANSFER_BACKENDS)}",
+    ),
+    Limit(
+        "weight transfer to a quantized model",
+        lambda config: config.weight_transfer_config and config.model_config.quantization,
+        "use an unquantized model, or leave out --weight-transfer-config",
     ),
     Limit(
         "load formats that bypass the weight loaders",

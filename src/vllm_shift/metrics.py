@@ -33,12 +33,12 @@ class ShiftCollector(Collector):
     """Turns a record of counts into Prometheus metrics.
 
     Args:
-        counts: one ``COUNTS`` record, shape [1].
-        model_name: value of the label that vLLM's own metrics have, too.
+        counts: one ``COUNTS`` record, shape [1], by engine: the number that vLLM's own metrics have as a label, too.
+        model_name: value of the other label of vLLM's.
     """
 
-    def __init__(self, counts: NDArray[np.void], model_name: str) -> None:
-        self._counts, self._labels = counts, [model_name, "0"]
+    def __init__(self, counts: dict[int, NDArray[np.void]], model_name: str) -> None:
+        self._counts, self._model_name = counts, model_name
 
     def describe(self) -> Iterable[Metric]:
         """The metrics without values, for the registry's check of names."""
@@ -59,21 +59,27 @@ class ShiftCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """The metrics with their values now; without values where no worker counts in the record."""
         families: list[Any] = list(self.describe())
+        for engine, record in self._counts.items():
+            (counts,) = record.copy()
+            if counts["started"]:
+                self._add(families, counts, [self._model_name, str(engine)])
+            else:
+                logger.warning_once(
+                    "Shift Parallelism has no metrics of engine %d: the worker of rank 0 is not on this host.", engine
+                )
+        return families
+
+    def _add(self, families: list[Any], counts: np.void, of_engine: list[str]) -> None:
         threshold, changes, steps, tokens, times = families
-        (counts,) = self._counts.copy()
-        if not counts["started"]:
-            logger.warning_once("Shift Parallelism has no metrics: the worker of rank 0 is not on this host.")
-            return families
-        threshold.add_metric(self._labels, int(counts["max_tp_tokens"]))
-        changes.add_metric(self._labels, int(counts["mode_changes"]))
+        threshold.add_metric(of_engine, int(counts["max_tp_tokens"]))
+        changes.add_metric(of_engine, int(counts["mode_changes"]))
         for name, mode in zip(MODES, counts["modes"], strict=True):
-            labels = [*self._labels, name]
+            labels = [*of_engine, name]
             steps.add_metric(labels, int(mode["steps"]))
             tokens.add_metric(labels, int(mode["tokens"]))
             bounds = [*map(str, BUCKETS), "+Inf"]
             buckets = list(zip(bounds, mode["buckets"].cumsum().tolist(), strict=True))
             times.add_metric(labels, buckets=buckets, sum_value=float(mode["seconds"]))
-        return families
 
 
 def publish(vllm_config: Any) -> None:
@@ -81,22 +87,27 @@ def publish(vllm_config: Any) -> None:
     global _collector
     if os.getenv("PROMETHEUS_MULTIPROC_DIR") or envs.VLLM_RUST_FRONTEND_PATH:
         logger.warning(
-            "/metrics will not have the metrics of Shift Parallelism: with PROMETHEUS_MULTIPROC_DIR or vLLM's Rust "
-            "front-end it does not come from this process. Unset them to have these metrics."
+            "/metrics will not have the metrics of Shift Parallelism: with several API server processes, "
+            "PROMETHEUS_MULTIPROC_DIR or vLLM's Rust front-end it does not come from this process."
         )
     if _collector is not None:
         REGISTRY.unregister(_collector)
-    path = _path(vllm_config)
-    np.zeros(1, COUNTS).tofile(path)
-    _collector = ShiftCollector(_map(path), vllm_config.model_config.served_model_name)
+    parallel = vllm_config.parallel_config
+    engines = [parallel.data_parallel_rank] if parallel.local_engines_only else range(parallel.data_parallel_size)
+    paths = {engine: _path(vllm_config, engine) for engine in engines}
+    for path in paths.values():
+        np.zeros(1, COUNTS).tofile(path)
+    counts = {engine: _map(path) for engine, path in paths.items()}
+    _collector = ShiftCollector(counts, vllm_config.model_config.served_model_name)
     REGISTRY.register(_collector)
-    # For an engine that never starts; open_counts removes the name otherwise.
-    weakref.finalize(_collector, path.unlink, missing_ok=True)
+    for path in paths.values():
+        # For an engine that never starts; open_counts removes the name otherwise.
+        weakref.finalize(_collector, path.unlink, missing_ok=True)
 
 
 def open_counts(vllm_config: Any) -> NDArray[np.void] | None:
     """In the worker of rank 0: the record to count in, or None where nobody reads it (``--disable-log-stats``)."""
-    path = _path(vllm_config)
+    path = _path(vllm_config, vllm_config.parallel_config.data_parallel_index)
     if not path.exists():
         return None
     counts = _map(path)
@@ -105,9 +116,9 @@ def open_counts(vllm_config: Any) -> NDArray[np.void] | None:
     return counts
 
 
-def _path(vllm_config: Any) -> Path:
-    # vLLM gives every engine an id of its own and sends it to the workers with the rest of the config.
-    return _FOLDER / f"vllm-shift-{vllm_config.instance_id}"
+def _path(vllm_config: Any, engine: int) -> Path:
+    # vLLM gives every config an id and sends it to the workers with the rest; data-parallel engines share it.
+    return _FOLDER / f"vllm-shift-{vllm_config.instance_id}-{engine}"
 
 
 def _map(path: Path) -> NDArray[np.void]:

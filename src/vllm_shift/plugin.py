@@ -52,6 +52,7 @@ def register() -> None:
     for cls in (EngineArgs, AsyncEngineArgs):
         _add_fields(cls)
     _add_flags(EngineArgs)
+    _add_handover(EngineArgs)
     _add_translation(EngineArgs)
 
 
@@ -114,6 +115,27 @@ def _add_flags(engine_args: Any) -> None:
         return parser
 
     engine_args.add_cli_args = staticmethod(add_cli_args)
+
+
+def _add_handover(engine_args: Any) -> None:
+    """Let ``from_cli_args`` copy the flags to ``additional_config``, which no process loses.
+
+    API server processes of their own are given the parsed arguments, and read them before they load plugins.
+    """
+    stock_from_cli_args = engine_args.from_cli_args.__func__
+
+    @functools.wraps(stock_from_cli_args)
+    def from_cli_args(cls: Any, args: Any) -> Any:
+        fields = dataclasses.fields(ShiftArgs)
+        flags = {field.name: getattr(args, field.name, field.default) for field in fields}
+        given = {field.name: flags[field.name] for field in fields if flags[field.name] != field.default}
+        others = getattr(args, "additional_config", None) or {}
+        settings = others.get(CONFIG_KEY, {})
+        if given and isinstance(settings, dict):
+            args.additional_config = others | {CONFIG_KEY: given | settings}
+        return stock_from_cli_args(cls, args)
+
+    engine_args.from_cli_args = classmethod(from_cli_args)
 
 
 def _add_translation(engine_args: Any) -> None:

@@ -118,12 +118,11 @@ class WholeLinear(LinearBase):
 class OnlineSlots(Slots):
     """Slots of a parameter that is on the meta device at first: vLLM counts what is loaded, then loads in earnest."""
 
-    def _load(self, param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        if param.is_meta:
-            self._stock_loader(param, loaded_weight, *args, **kwargs)
-            return
-        self.materialize(param)
-        super()._load(param, loaded_weight, *args, **kwargs)
+    def load(self, param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """As the other slots, in the memory that vLLM has given to ``param`` by then."""
+        if not param.is_meta:
+            self.materialize(param)
+        super().load(param, loaded_weight, *args, **kwargs)
 
     def materialize(self, param: Any) -> None:
         """Take the memory of ``param``, in which vLLM has put it, as this rank's slot."""

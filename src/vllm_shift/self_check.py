@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from vllm import PoolingParams, SamplingParams
+from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
 
 from vllm_shift.gathered import gathered_modules
 from vllm_shift.quantized import quantizes_inputs
@@ -159,14 +161,8 @@ class SelfCheck:
         )
         if lengths is None:
             return False
-        # An engine without a TP mode of its own has no trace and no CUDA graphs of it.
-        with self._mode(threshold or _EVERYTHING, eager=not threshold):
-            reference = self._process(lengths, threshold or _EVERYTHING)
-            cache = [(place, x.cpu()) for place, x in self._read_cache(lengths)]
-        differences = self._compare(lengths, reference, self._process(lengths, _EVERYTHING), cache)
-        first = _agree(next((difference for difference in differences if difference.fails), None))
-        if first is not None:
-            raise RuntimeError(self._explain(first, lengths))
+        with self._without_kv_connector():
+            differences = self._differences(lengths)
         self._zero_cache(lengths)
         if self._worker.rank == 0:
             worst = max(differences, key=lambda difference: difference.error / difference.allowed)
@@ -180,6 +176,32 @@ class SelfCheck:
                 worst.allowed,
             )
         return True
+
+    def _differences(self, lengths: list[int]) -> list[Difference]:
+        """Between the modes, in the order of the layers; raises where one is too large."""
+        threshold = self._switch.max_tp_tokens
+        # An engine without a TP mode of its own has no trace and no CUDA graphs of it.
+        with self._mode(threshold or _EVERYTHING, eager=not threshold):
+            reference = self._process(lengths, threshold or _EVERYTHING)
+            cache = [(place, x.cpu()) for place, x in self._read_cache(lengths)]
+        differences = self._compare(lengths, reference, self._process(lengths, _EVERYTHING), cache)
+        first = _agree(next((difference for difference in differences if difference.fails), None))
+        if first is not None:
+            raise RuntimeError(self._explain(first, lengths))
+        return differences
+
+    @contextmanager
+    def _without_kv_connector(self) -> Iterator[None]:
+        """Its scheduler knows nothing of these steps, and what they write is not for its store."""
+        of_v2 = getattr(self._runner, "kv_connector", NO_OP_KV_CONNECTOR)
+        agent = kv_transfer_state._KV_CONNECTOR_AGENT
+        of_v2.set_disabled(True)
+        kv_transfer_state._KV_CONNECTOR_AGENT = None
+        try:
+            yield
+        finally:
+            kv_transfer_state._KV_CONNECTOR_AGENT = agent
+            of_v2.set_disabled(False)
 
     def _count(self, group: Any, length: int) -> int:
         return int(cdiv(length + self._drafts, group.kv_cache_spec.block_size))

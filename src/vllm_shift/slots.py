@@ -6,6 +6,8 @@ vLLM's own weight loader fills the slots one by one, as if the layer were on the
 every checkpoint layout and every KV head replication rule of vLLM holds.
 """
 
+import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,13 +42,24 @@ class Slots:
         storage = torch.empty(outer * dims.sp, *inner, dtype=param.dtype, device=param.device)
         self.whole = storage.movedim(0, dim)
         self._param, self._stock_loader = param, param.weight_loader
-        param.weight_loader = self._load
+        param.weight_loader = _loader(self)
         param.data = self[dims.sp_rank]
 
     def __getitem__(self, slot: int) -> torch.Tensor:
         return self.whole.narrow(self._dim, slot * self._size, self._size)
 
-    def _load(self, param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def load(self, param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Fill every slot with vLLM's own weight loader, which is called with ``param`` in the slot's place.
+
+        Args:
+            param: the parameter, or what stands for it while vLLM reloads weights.
+            loaded_weight: a weight of the checkpoint, whole.
+            args: passed on.
+            kwargs: passed on.
+        """
+        if param.is_meta:  # a reload that only counts what would be loaded
+            self._stock_loader(param, loaded_weight, *args, **kwargs)
+            return
         shape = param.shape  # a model may have added dimensions of 1 since
         for slot, shard in enumerate(self._dims.slots):
             self._impersonate(shard)
@@ -62,8 +75,20 @@ class Slots:
                 self[slot].copy_(self[self._dims.sp_rank])
 
     def release(self) -> None:
-        """Give the parameter memory of its own, of its TP=P shard alone; there are no slots then."""
+        """Give the parameter memory of its own, of its TP=P shard alone."""
         self._param.data = self._param.data.clone()
         self._param.weight_loader = self._stock_loader
-        # vLLM keeps the loader that it found (record_metadata_for_reloading), and with it this object.
-        del self.whole, self._param
+
+
+def _loader(slots: Slots) -> Callable[..., None]:
+    """A weight loader that does not keep the weights alive: vLLM remembers loaders, for reloads."""
+    stock_loader = slots._stock_loader
+    stock_loader_ref = weakref.WeakMethod(stock_loader) if inspect.ismethod(stock_loader) else lambda: stock_loader
+    slots_ref = weakref.ref(slots)
+
+    def load(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        slots, stock_loader = slots_ref(), stock_loader_ref()
+        assert stock_loader is not None
+        (stock_loader if slots is None else slots.load)(param, loaded_weight, *args, **kwargs)
+
+    return load

@@ -87,7 +87,7 @@ class ModeSwitch:
         """Before the model: decide the mode; in SP mode, keep only this rank's tokens.
 
         What has a row per token, [N, ...], becomes [n, ...]: ``input_ids``, ``inputs_embeds`` and, between pipeline
-        stages, ``intermediate_tensors``. ``positions`` [N] become [n*S], each repeated for every slot.
+        stages, ``intermediate_tensors``. ``positions`` [..., N] become [..., n*S], each repeated for every slot.
 
         Raises:
             NotImplementedError: the model takes an input that SP mode does not know.
@@ -104,7 +104,7 @@ class ModeSwitch:
             if name in ("input_ids", "inputs_embeds"):
                 inputs[name] = self._own_rows(name, x)
             elif name == "positions":
-                inputs[name] = self._own_rows(name, x.unsqueeze(-1).expand(-1, self.dims.sp)).view(-1)
+                inputs[name] = self._own_positions(x)
             elif name == "intermediate_tensors":
                 inputs[name] = IntermediateTensors({key: self._own_rows(key, rows) for key, rows in x.items()})
             else:
@@ -123,12 +123,26 @@ class ModeSwitch:
         CUDA graphs of the twins read their inputs there.
         """
         if name not in self._buffers:
-            self._buffers[name] = torch.zeros(self._most_rows, *x.shape[1:], dtype=x.dtype, device=x.device)
+            self._buffers[name] = x.new_zeros(self._most_rows, *x.shape[1:])
         rows = self.dims.local_tokens(len(x))
         own = x[self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows]
         buffer = self._buffers[name][:rows]
         buffer[: len(own)].copy_(own)
         buffer[len(own) :].zero_()
+        return buffer
+
+    def _own_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """This rank's of [..., N], each S times, padded with zeros to [..., n*S]; in memory that stays where it is.
+
+        Rotary embeddings of several dimensions (M-RoPE) have a row for each.
+        """
+        sp, rows = self.dims.sp, self.dims.local_tokens(positions.shape[-1])
+        if "positions" not in self._buffers:
+            self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self._most_rows * sp)
+        own = positions[..., self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows].repeat_interleave(sp, dim=-1)
+        buffer = self._buffers["positions"][..., : rows * sp]
+        buffer[..., : own.shape[-1]].copy_(own)
+        buffer[..., own.shape[-1] :].zero_()
         return buffer
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -49,7 +49,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     stock_args.tensor_parallel_size = config.world_size
     if not config.active:
         return stock_create(stock_args, *args, **kwargs)
-    _check_devices(config.world_size * engine_args.pipeline_parallel_size, engine_args)
+    _check_devices(config.world_size * engine_args.pipeline_parallel_size * _local_engines(engine_args), engine_args)
     stock_args.additional_config = (engine_args.additional_config or {}) | {CONFIG_KEY: config.to_dict()}
 
     def create_model_config() -> Any:
@@ -72,7 +72,8 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     name_owner()
     _use_shift_worker(vllm_config.parallel_config)
     _set_graph_sizes(vllm_config, config, _chose_graph_sizes(engine_args))
-    if not engine_args.disable_log_stats:
+    # Of several API server processes none has the engines; their parent does.
+    if not engine_args.disable_log_stats and (engine_args._api_process_count == 1 or engine_args._api_process_rank < 0):
         publish(vllm_config)
     return vllm_config
 
@@ -99,6 +100,14 @@ def read_settings(engine_args: Any) -> ShiftConfig:
     return ShiftConfig(**merged)
 
 
+def _local_engines(engine_args: Any) -> int:
+    """Data-parallel engines on this host."""
+    if engine_args.data_parallel_rank is not None or engine_args.data_parallel_external_lb:
+        return 1
+    local = engine_args.data_parallel_size_local
+    return int(engine_args.data_parallel_size if local is None else local)
+
+
 def _check_devices(world_size: int, engine_args: Any) -> None:
     """Refuse more ranks than this host has places for.
 
@@ -110,7 +119,7 @@ def _check_devices(world_size: int, engine_args: Any) -> None:
     if current_platform.is_cuda():
         if (gpus := current_platform.device_count()) < world_size:
             raise ValueError(
-                f"SP x TP x PP = {world_size} ranks need as many GPUs, found {gpus}; "
+                f"SP x TP x PP x DP = {world_size} ranks need as many GPUs, found {gpus}; "
                 "lower a degree, or use --distributed-executor-backend ray for several hosts"
             )
     elif current_platform.is_cpu() and envs.VLLM_CPU_OMP_THREADS_BIND == "auto":
@@ -119,7 +128,7 @@ def _check_devices(world_size: int, engine_args: Any) -> None:
         nodes = len(get_visible_memory_node())
         if nodes < world_size and os.environ.get("VLLM_CPU_SIM_MULTI_NUMA", "0") == "0":
             raise ValueError(
-                f"SP x TP x PP = {world_size} ranks, but vLLM binds each rank to a NUMA node and there are {nodes}; "
+                f"SP x TP x PP x DP = {world_size} ranks, but vLLM binds each to a NUMA node and there are {nodes}; "
                 "set VLLM_CPU_OMP_THREADS_BIND=nobind"
             )
 

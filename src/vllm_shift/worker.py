@@ -8,6 +8,7 @@ from vllm import envs
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group, get_world_group, init_model_parallel_group
 from vllm.logger import init_logger
+from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -17,7 +18,7 @@ from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.failure import describe_failure
 from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting
-from vllm_shift.limits import ARCHITECTURES
+from vllm_shift.limits import TESTED
 from vllm_shift.metrics import open_counts
 from vllm_shift.owner import end_with_owner
 from vllm_shift.self_check import SelfCheck
@@ -72,6 +73,9 @@ class ShiftWorkerMixin(WorkerBase):
             super().load_model(load_dummy_weights=load_dummy_weights)
         model = self.model_runner.get_model()
         stop_shifting(child for _, module in gathered_modules(model) for child in module.modules())
+        if supports_multimodal(model):
+            # What encodes images and the like runs before the model's forward pass, so never in SP mode.
+            stop_shifting(set(model.modules()) - set(model.get_language_model().modules()))
         check_layers(model)
         if self.vllm_config.load_config.load_format == "dummy":
             for slots in _all_slots(model):
@@ -116,7 +120,7 @@ class ShiftWorkerMixin(WorkerBase):
         times = super().compile_or_warm_up_model()
         if self.shift_config.self_check:
             checked = SelfCheck(self, super().execute_model).run()
-            if checked and self.rank == 0 and self.model_config.architecture not in ARCHITECTURES:
+            if checked and self.rank == 0 and self.model_config.architecture not in TESTED:
                 logger.warning(
                     "Shift Parallelism: %s is not among the tested architectures; it runs by the self-check only.",
                     self.model_config.architecture,
@@ -150,9 +154,20 @@ class ShiftWorkerMixin(WorkerBase):
         """Steps and tokens per mode, and mode changes, since start-up, for ``collective_rpc("shift_stats")``."""
         return self.shift_counter.totals()
 
-    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported: vLLM's layerwise reload replaces the parameters that are views of the slots."""
-        raise NotImplementedError("Shift Parallelism does not support reloading weights; restart the engine")
+    def reload_weights(
+        self, weights_iterator: Any = None, weights_path: str | None = None, is_checkpoint_format: bool = True
+    ) -> None:
+        """As the stock worker, from weights in the layout of a checkpoint.
+
+        Raises:
+            NotImplementedError: the weights are sharded already; a shard fills one slot, and the others would stay old.
+                Or the model is quantized: its layers no longer have slots.
+        """
+        if self.model_config.quantization:
+            raise NotImplementedError("Shift Parallelism does not reload weights of a quantized model")
+        if not is_checkpoint_format:
+            raise NotImplementedError("Shift Parallelism reloads weights in the layout of a checkpoint only")
+        super().reload_weights(weights_iterator, weights_path)
 
     def shutdown(self) -> None:
         """As the stock worker; then our process groups, where no CUDA graph may still hold their communicators."""
