@@ -193,20 +193,23 @@ def try_plant(server: str, plant: str, model: Path, port: int, folder: Path) -> 
         outcome.ready_after = time.monotonic() - begin
         warm_up(running)
         memory = running.shared_memory()
-        clients = start_clients(running, "decode")
-        if plant == "stopped":
-            running.find("rank").send_signal(signal.SIGSTOP)
-        else:
+
+        def fail() -> None:
+            if plant == "stopped":
+                running.find("rank").send_signal(signal.SIGSTOP)
+                return
             body = {"method": "plant", "kwargs": {"what": plant, "rank": 1}}
             httpx.post(f"{running.url}/collective_rpc", json=body, timeout=60).raise_for_status()
+
         if server == "both modes":
             # Decoding goes on in TP mode, until a long prompt comes.
-            before = [client.chunks for client in clients]
-            while not all(client.chunks > count + 5 for client, count in zip(clients, before, strict=True)):
-                assert running.process.poll() is None
-                time.sleep(0.01)
+            fail()
+            clients = start_clients(running, "decode")
             clients.append(Client(running.url, CLIENTS, "prefill"))
             clients[-1].start()
+        else:
+            clients = start_clients(running, "decode")
+            fail()
         look_at_the_end(outcome, running, clients, memory)
     return outcome
 
@@ -220,7 +223,9 @@ def start_clients(running: Victim, moment: str) -> list[Client]:
     clients = [Client(running.url, i, moment) for i in range(CLIENTS)]
     for client in clients:
         client.start()
+    end = time.monotonic() + 60
     while moment == "decode" and not all(client.chunks > 2 for client in clients):
+        assert time.monotonic() < end, [(client.chunks, client.outcome) for client in clients]
         time.sleep(0.01)
     return clients
 

@@ -15,6 +15,7 @@ class Switch:
     """Rank 1 of an SP group of 2 whose ranks have the same tokens, which fill all rows."""
 
     dims = SimpleNamespace(sp=2, sp_rank=1)
+    position_repeats = 2
     sp_group = SimpleNamespace(all_gather=lambda x, dim: torch.cat([x, x], dim))
 
     def __init__(self, in_sp: bool) -> None:

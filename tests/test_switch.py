@@ -8,6 +8,7 @@ from torch import nn
 from vllm.config import CompilationMode
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
 from vllm_shift import switch as switch_module
 from vllm_shift.dims import ParallelDims
@@ -95,6 +96,26 @@ def test_inputs_stay_where_cuda_graphs_read_them(make):
     for num_tokens in (9, 64, 1):
         step(model, num_tokens)
     assert len({(ids.data_ptr(), positions.data_ptr()) for ids, positions, _ in model.calls}) == 1
+
+
+class GathersOnly(nn.Module):
+    """Keeps its place for attention that SP mode cannot divide; compares rows, as DeepSeek-V2's code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mla = MultiHeadLatentAttentionWrapper.__new__(MultiHeadLatentAttentionWrapper)
+        nn.Module.__init__(self.mla)
+
+    def forward(self, input_ids, positions):
+        assert len(input_ids) == len(positions)
+        return input_ids.float().unsqueeze(-1)
+
+
+def test_positions_have_the_rows_of_hidden_states_where_all_attention_is_gathered(make):
+    switch, _ = make(2, 1, 0)
+    model = GathersOnly()
+    switch.attach(model, VLLM_CONFIG)
+    assert len(step(model, 9)) == 9
 
 
 def test_a_failed_step_leaves_sp_mode(make):

@@ -60,8 +60,8 @@ class Gather:
 
     Args:
         switch: the mode of the running step; its SP group is the one to gather over.
-        module: the module. Its tensor arguments are [n, ...], apart from ``positions`` [..., n*S]. An argument
-            ``output`` is where it writes its result.
+        module: the module. Its tensor arguments are [n, ...], apart from ``positions`` [..., n*S] or [..., n]. An
+            argument ``output`` is where it writes its result.
     """
 
     def __init__(self, switch: Any, module: nn.Module) -> None:
@@ -95,7 +95,7 @@ class Gather:
             return x
         if name == "positions":
             # Tokens come last where a token has several, as M-RoPE's.
-            x = x.movedim(-1, 0)[:: self._switch.dims.sp].contiguous()
+            x = x.movedim(-1, 0)[:: self._switch.position_repeats].contiguous()
         x = self._switch.without_padding(self._switch.sp_group.all_gather(x, dim=0))
         return x.movedim(0, -1).contiguous() if name == "positions" else x
 

@@ -33,6 +33,8 @@ class ModeSwitch:
     Attributes:
         in_sp: whether the step that runs is in SP mode.
         eager: run the modules as they are, in both modes, instead of what is compiled for them.
+        position_repeats: rows of ``positions`` a token in SP mode: S for rotary embedding of folded views, 1 where no
+            attention layer has them (code like DeepSeek-V2's compares these rows with those of hidden states).
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ModeSwitch:
             raise NotImplementedError(f"{type(model).__name__} has layers that SP mode does not know: {unknown}")
         if not layers and not gathered:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
+        self.position_repeats = self.dims.sp if layers else 1
         self._twins = CompiledTwins(model, vllm_config)
         self._most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
         self._buffers: dict[str, torch.Tensor] = {}
@@ -87,7 +90,8 @@ class ModeSwitch:
         """Before the model: decide the mode; in SP mode, keep only this rank's tokens.
 
         What has a row per token, [N, ...], becomes [n, ...]: ``input_ids``, ``inputs_embeds`` and, between pipeline
-        stages, ``intermediate_tensors``. ``positions`` [..., N] become [..., n*S], each repeated for every slot.
+        stages, ``intermediate_tensors``. ``positions`` [..., N] become [..., n*S], each repeated for every slot, or
+        [..., n], see ``position_repeats``.
 
         Raises:
             NotImplementedError: the model takes an input that SP mode does not know.
@@ -132,15 +136,16 @@ class ModeSwitch:
         return buffer
 
     def _own_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """This rank's of [..., N], each S times, padded with zeros to [..., n*S]; in memory that stays where it is.
+        """This rank's of [..., N], repeated, and padded with zeros; in memory that stays where it is.
 
         Rotary embeddings of several dimensions (M-RoPE) have a row for each.
         """
-        sp, rows = self.dims.sp, self.dims.local_tokens(positions.shape[-1])
+        repeats, rows = self.position_repeats, self.dims.local_tokens(positions.shape[-1])
         if "positions" not in self._buffers:
-            self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self._most_rows * sp)
-        own = positions[..., self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows].repeat_interleave(sp, dim=-1)
-        buffer = self._buffers["positions"][..., : rows * sp]
+            self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self._most_rows * repeats)
+        own = positions[..., self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows]
+        own = own.repeat_interleave(repeats, dim=-1)
+        buffer = self._buffers["positions"][..., : rows * repeats]
         buffer[..., : own.shape[-1]].copy_(own)
         buffer[..., own.shape[-1] :].zero_()
         return buffer
