@@ -31,7 +31,8 @@ SERVERS = {
     "stock": ["--tensor-parallel-size", "2", *STEP],
     "TP mode": [*SHIFT, "16"],
     "SP mode": [*SHIFT, "0"],
-    "both modes": [*SHIFT, "8"],
+    # Prompts of all clients fit into a step of TP mode, a long prompt does not.
+    "both modes": [*SHIFT, "14"],
 }
 VICTIMS = {"rank": "VLLM::Worker_TP1", "engine core": "VLLM::EngineCore", "API server": None}
 MOMENTS = ("idle", "prefill", "decode")
@@ -63,7 +64,7 @@ class Client(threading.Thread):
 
     def __init__(self, url: str, number: int, moment: str) -> None:
         super().__init__(daemon=True)
-        length, most = (1000, 20) if moment == "prefill" else (3, 900)
+        length, most = (1000, 20) if moment == "prefill" else (3, 15_000)
         prompt = [3 + (number * 97 + i * 7) % 490 for i in range(length)]
         self._body = {"model": "tiny", "prompt": prompt, "max_tokens": most, "stream": True, "ignore_eos": True}
         self._url, self.chunks, self.outcome, self.ended = f"{url}/v1/completions", 0, "still waiting", 0.0
@@ -96,8 +97,9 @@ class Victim:
         self.log = folder.with_suffix(".log")
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port)]
         command += ["--host", "127.0.0.1", "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
-        command += ["--max-model-len", "1024", "--max-num-seqs", "8"]
-        command += ["--kv-cache-memory-bytes", str(32 << 20), *flags]
+        # Answers that last: the engine can be far ahead of what its API server has sent.
+        command += ["--hf-overrides", '{"max_position_embeddings": 16384}', "--max-model-len", "16384"]
+        command += ["--max-num-seqs", "8", "--kv-cache-memory-bytes", str(128 << 20), *flags]
         env = os.environ | {"TMPDIR": str(folder)} | (env or {})
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=env)
