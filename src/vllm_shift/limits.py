@@ -43,8 +43,6 @@ QUANTIZATIONS = (
     "awq_marlin",
     "compressed-tensors",
     "fp8",
-    "fp8_per_block",
-    "fp8_per_channel",
     "fp8_per_tensor",
     "gptq",
     "gptq_marlin",

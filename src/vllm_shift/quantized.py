@@ -27,9 +27,7 @@ METHODS = {
     "CompressedTensorsW8A8Int8": True,
     "CompressedTensorsWNA16": False,
     "Fp8LinearMethod": True,
-    "Fp8PerBlockOnlineLinearMethod": True,
     "Fp8PerTensorOnlineLinearMethod": True,
-    "Fp8PtpcOnlineLinearMethod": True,
 }
 
 
