@@ -2,10 +2,10 @@
 
 Prints the largest and the mean difference over prompts of several lengths, for the prompt tokens (prefill) and for the
 generated ones (decode). Example: python benchmarks/correctness.py --sp 2 --threshold 256
-With --shared-gpu all ranks share the first GPU (shared_gpu.py): slow, and without CUDA graphs.
+With --shared-gpu all ranks share the first GPU (shared_gpu.py), which is slow.
 With --form the checkpoint is quantized, and the reference has the weights that it stands for. --save keeps the
 log-probabilities of the prompts, --against compares with kept ones: stock vLLM of TP=T for a run with --threshold 0, of
-TP=P for one with a threshold that no step exceeds, quantize alike.
+TP=P for one with a threshold that no step exceeds, quantized alike.
 """
 
 import argparse
