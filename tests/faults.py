@@ -97,7 +97,8 @@ class Victim:
         self.log = folder.with_suffix(".log")
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port)]
         command += ["--host", "127.0.0.1", "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
-        # Answers that last: the engine can be far ahead of what its API server has sent.
+        # Few chunks: sending every token keeps an API server so busy that the engine gets far ahead of it.
+        command += ["--stream-interval", "20"]
         command += ["--hf-overrides", '{"max_position_embeddings": 16384}', "--max-model-len", "16384"]
         command += ["--max-num-seqs", "8", "--kv-cache-memory-bytes", str(128 << 20), *flags]
         env = os.environ | {"TMPDIR": str(folder)} | (env or {})
