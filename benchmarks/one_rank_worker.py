@@ -102,7 +102,7 @@ class OneRankWorker(ShiftWorkerMixin, MeasuredWorker):
         sp, tp = self.shift_config.ulysses_sequence_parallel_size, self.shift_config.tensor_parallel_size
         # Kept here, because the exchange knows its groups weakly.
         self._local_groups = [
-            LocalGroup(unique_name=name, world_size=size, device_group=None)
+            LocalGroup(unique_name=name, world_size=size, device_group=None, rank=0, first_rank=0, ranks=[0])
             for name, size in (("sp", sp), ("rows", tp))
         ]
         sp_group, tp_group = self._local_groups

@@ -33,6 +33,8 @@ class ModeSwitch:
     Attributes:
         in_sp: whether the step that runs is in SP mode.
         eager: run the modules as they are, in both modes, instead of what is compiled for them.
+        exchanging: the attention layers that exchange tokens for heads in SP mode.
+        most_rows: largest number of this rank's tokens in a step.
         position_repeats: rows of ``positions`` a token in SP mode: S for rotary embedding of folded views, 1 where no
             attention layer has them (code like DeepSeek-V2's compares these rows with those of hidden states).
     """
@@ -74,9 +76,10 @@ class ModeSwitch:
             raise NotImplementedError(f"{type(model).__name__} has layers that SP mode does not know: {unknown}")
         if not layers and not gathered:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
+        self.exchanging: list[Attention] = layers
         self.position_repeats = self.dims.sp if layers else 1
         self._twins = CompiledTwins(model, vllm_config)
-        self._most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
+        self.most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
         self._buffers: dict[str, torch.Tensor] = {}
         # A plain bool, because the hooks of attention layers are traced.
         self._keep_padding = bool(self._twins)
@@ -127,7 +130,7 @@ class ModeSwitch:
         CUDA graphs of the twins read their inputs there.
         """
         if name not in self._buffers:
-            self._buffers[name] = x.new_zeros(self._most_rows, *x.shape[1:])
+            self._buffers[name] = x.new_zeros(self.most_rows, *x.shape[1:])
         rows = self.dims.local_tokens(len(x))
         own = x[self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows]
         buffer = self._buffers[name][:rows]
@@ -142,7 +145,7 @@ class ModeSwitch:
         """
         repeats, rows = self.position_repeats, self.dims.local_tokens(positions.shape[-1])
         if "positions" not in self._buffers:
-            self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self._most_rows * repeats)
+            self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self.most_rows * repeats)
         own = positions[..., self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows]
         own = own.repeat_interleave(repeats, dim=-1)
         buffer = self._buffers["positions"][..., : rows * repeats]

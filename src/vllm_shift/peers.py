@@ -1,0 +1,184 @@
+"""The exchange between GPUs that reach each other's memory: every rank writes its rows to where the others want them.
+
+One kernel takes the place of packing, NCCL's all-to-all and unpacking. It writes through PyTorch's symmetric memory:
+buffers whose addresses on all ranks are known to each. Each direction has a buffer of its own, so that one barrier an
+exchange is enough. After the barrier of one direction every rank has read what it got by the other before, because it
+read it, on the same stream, before it came to this barrier. So the next exchange may write there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed._symmetric_memory as symmetric_memory
+import triton
+import triton.language as tl
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+
+from vllm_shift.exchange import PeerExchange, use_peers
+
+logger = init_logger(f"vllm.{__name__}")
+
+# Elements that one program copies at a time.
+BLOCK = 2048
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _copy(source, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    for first in tl.static_range(0, WIDTH, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < WIDTH
+        tl.store(target + column, tl.load(source + column, mask=inside), mask=inside)
+
+
+# What changes with the tokens of a step must not lead to another variant of the kernel while requests run.
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["rank", "source_token", "source_rank", "target_token", "target_rank"]
+)
+def write_rows(  # type: ignore[no-untyped-def]
+    q, k, v, targets, rank, q_stride, k_stride, v_stride, source_token, source_rank, target_token, target_rank,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy rows into the buffers of all ranks, one program a row: grid (tokens of a rank, ranks).
+
+    Args:
+        q: rows of ``Q`` columns, ``q_stride`` elements apart; likewise ``k`` and ``v``, which may have 0 columns.
+        k: see q.
+        v: see q.
+        targets: int64 [ranks], addresses of their buffers, which have rows of Q + K + V columns: q, k and v.
+        rank: this one.
+        q_stride: see q.
+        k_stride: see q.
+        v_stride: see q.
+        source_token: row ``token * source_token + other * source_rank`` goes to rank ``other``,
+        source_rank: see source_token.
+        target_token: and becomes its row ``token * target_token + rank * target_rank``.
+        target_rank: see target_token.
+        Q: see q.
+        K: see q.
+        V: see q.
+        BLOCK: columns to copy at a time, a power of 2.
+    """
+    token = tl.program_id(0)
+    # Each rank begins with another one, so that no link is waited for by all.
+    other = (tl.program_id(1) + rank + 1) % tl.num_programs(1)
+    source = (token * source_token + other * source_rank).to(tl.int64)
+    row = (token * target_token + rank * target_rank).to(tl.int64)
+    # Allocations are aligned, which the compiler cannot know of an address that it loads.
+    target = tl.multiple_of(tl.load(targets + other).to(tl.pointer_type(q.dtype.element_ty)), 16) + row * (Q + K + V)
+    _copy(q + source * q_stride, target, Q, BLOCK)
+    if K > 0:
+        _copy(k + source * k_stride, target + Q, K, BLOCK)
+        _copy(v + source * v_stride, target + Q + K, V, BLOCK)
+
+
+class _Buffer:
+    """Memory of this rank that the others of its group write to.
+
+    Args:
+        elements: that it holds.
+        dtype: of them.
+        group: of the ranks; all of them make their buffer at the same time.
+
+    Raises:
+        RuntimeError: the GPUs cannot share memory.
+    """
+
+    def __init__(self, elements: int, dtype: torch.dtype, group: GroupCoordinator) -> None:
+        self._memory = symmetric_memory.empty(elements, dtype=dtype, device=group.device)
+        self._handle = symmetric_memory.rendezvous(self._memory, group.device_group.group_name)
+        self._targets = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=group.device)
+        self._rank, self._ranks = group.rank_in_group, group.world_size
+
+    def exchange(self, sources: Sequence[torch.Tensor], strides: tuple[int, int, int, int]) -> torch.Tensor:
+        """Send rows to all ranks, see ``write_rows``; returns those that came: this rank's memory, not a copy.
+
+        Args:
+            sources: q, k and v, or one tensor; [n*S, ...].
+            strides: ``source_token`` to ``target_rank`` of ``write_rows``.
+        """
+        sources = [x if x.stride(-1) == 1 else x.contiguous() for x in sources]
+        widths = [x.shape[-1] for x in sources]
+        rows = len(sources[0])
+        assert rows * sum(widths) <= self._memory.numel(), (rows, widths)
+        q, k, v = sources if len(sources) == 3 else sources * 3
+        write_rows[(rows // self._ranks, self._ranks)](
+            q, k, v, self._targets, self._rank, q.stride(0), k.stride(0), v.stride(0), *strides,
+            Q=widths[0], K=sum(widths[1:2]), V=sum(widths[2:]), BLOCK=BLOCK,
+        )  # fmt: skip
+        self._handle.barrier()
+        return self._memory[: rows * sum(widths)].view(rows, -1)
+
+
+class PeerMemory(PeerExchange):
+    """Both directions of the exchange.
+
+    Args:
+        group: the SP group.
+        layers: that exchange.
+        rows: most rows of the folded view, n*S.
+        dtype: of the activations.
+        keeps: whether what ``tokens_to_heads`` returns is left alone until the next exchange.
+    """
+
+    def __init__(
+        self, group: GroupCoordinator, layers: Sequence[Attention], rows: int, dtype: torch.dtype, keeps: bool
+    ) -> None:
+        self._sp, self._keeps = group.world_size, keeps
+        head = max(x.num_heads * x.head_size + x.num_kv_heads * (x.head_size + x.head_size_v) for x in layers)
+        self._heads = _Buffer(rows * head, dtype, group)
+        self._tokens = _Buffer(rows * max(x.num_heads * x.head_size_v for x in layers), dtype, group)
+
+    def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """[n*S, ...] each, in the folded view, to [n*S, all columns] in the head view."""
+        received = self._heads.exchange((q, k, v), (self._sp, 1, 1, len(q) // self._sp))
+        return received if self._keeps else received.clone()
+
+    def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """[n*S, ...] in the head view to the folded view."""
+        return self._tokens.exchange((x,), (1, len(x) // self._sp, self._sp, 1)).clone()
+
+
+def connect(group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig) -> None:
+    """Let an SP group exchange in this way, if its GPUs can; otherwise NCCL's all-to-all does it.
+
+    They can where vLLM's custom all-reduce runs, which works alike: on GPUs of one host that are connected all to all.
+
+    Args:
+        group: the SP group; all its ranks call this.
+        layers: that exchange.
+        rows: most rows of the folded view, n*S.
+        vllm_config: of the engine.
+    """
+    if not layers:
+        return
+    problem = _share_memory(group, layers, rows, vllm_config)
+    if group.rank == group.first_rank:
+        way = "each other's memory" if problem is None else f"NCCL, as {problem}"
+        logger.info("Shift Parallelism: ranks %s exchange tokens for heads through %s.", group.ranks, way)
+
+
+def _share_memory(
+    group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig
+) -> str | None:
+    """As ``connect``; returns why it cannot be, the same on all ranks."""
+    custom_all_reduce = getattr(get_tp_group().device_communicator, "ca_comm", None)
+    if custom_all_reduce is None or custom_all_reduce.disabled:
+        return "vLLM's custom all-reduce is off"
+    compilation: Any = vllm_config.compilation_config
+    # Where attention is compiled together with what follows, Inductor would reuse the memory of its inputs.
+    keeps = compilation.splitting_ops_contain_attention() and not compilation.use_inductor_graph_partition
+    problems: list[str | None] = [None] * group.world_size
+    problem = None
+    try:
+        peers = PeerMemory(group, layers, rows, vllm_config.model_config.dtype, keeps)
+    except RuntimeError as error:
+        problem = f"the GPUs cannot share memory ({error})"
+    torch.distributed.all_gather_object(problems, problem, group=group.cpu_group)
+    problem = next((each for each in problems if each is not None), None)
+    if problem is None:
+        use_peers(group, peers)
+    return problem
