@@ -36,8 +36,10 @@ class WritesToArgument(nn.Module):
 
 
 class Returns(nn.Module):
-    def forward(self, hidden_states):
-        return hidden_states.cumsum(0), hidden_states * 2
+    """Is given one of its parameters, as Mamba layers of Falcon-H1 are."""
+
+    def forward(self, hidden_states, mup_vector):
+        return hidden_states.cumsum(0), hidden_states * mup_vector
 
 
 class Model(nn.Module):
@@ -50,7 +52,7 @@ class Model(nn.Module):
     def forward(self, positions, hidden_states):
         output = torch.empty_like(hidden_states)
         self.first(positions, hidden_states, output=output)
-        return self.second(output)
+        return self.second(output, mup_vector=torch.full((1, 3), 2.0))
 
 
 @pytest.mark.parametrize("rows", [1, 5])

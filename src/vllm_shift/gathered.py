@@ -55,13 +55,17 @@ def _needs_all_tokens(module: nn.Module) -> bool:
     return any(_COLLECTIVES & set(method.__code__.co_names) for method in own)
 
 
+# Arguments that are a module's own parameters: Falcon-H1 passes one to its Mamba layers.
+_PARAMETERS = ("mup_vector",)
+
+
 class Gather:
     """The hooks of one module.
 
     Args:
         switch: the mode of the running step; its SP group is the one to gather over.
-        module: the module. Its tensor arguments are [n, ...], apart from ``positions`` [..., n*S] or [..., n]. An
-            argument ``output`` is where it writes its result.
+        module: the module. Its tensor arguments are [n, ...], apart from ``positions`` [..., n*S] or [..., n], and
+            parameters. An argument ``output`` is where it writes its result.
     """
 
     def __init__(self, switch: Any, module: nn.Module) -> None:
@@ -91,7 +95,7 @@ class Gather:
         return self._own_tokens(output)
 
     def _all_tokens(self, name: str, x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
+        if not isinstance(x, torch.Tensor) or name in _PARAMETERS:
             return x
         if name == "positions":
             # Tokens come last where a token has several, as M-RoPE's.
