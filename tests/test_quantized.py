@@ -1,6 +1,7 @@
 """Quantized layers, one process in the place of each rank: TP mode equals vLLM's layer of TP=P, SP mode that of TP=T.
 
-vLLM's CPU build has its INT8 kernel, and PyTorch's for FP8; what quantizes to FP8 on CUDA is replaced here.
+vLLM's CPU build has its INT8 kernel, and PyTorch's for FP8; what quantizes to FP8 on CUDA is replaced here. It has a
+4-bit kernel for processors with AVX-512 only.
 """
 
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from vllm_shift.quantized import check_method
 
 HIDDEN, HEADS, KV_HEADS, HEAD, MIDDLE = 256, 8, 4, 32, 512
 KINDS = ("qkv", "gate_up", "down")
+FOUR_BITS = ("int4", "awq", "gptq")
 LAYOUTS = [(2, 1), (2, 2), (4, 1)]
 
 
@@ -101,6 +103,8 @@ def checkpoint(kind):
 
 def make(kind, form, world, rank, switch=None):
     """A layer of vLLM, or with ``switch`` of ours, on one rank, with the weights loaded and processed."""
+    if form in FOUR_BITS and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        pytest.skip("vLLM has no 4-bit kernel for this processor, which lacks AVX-512")
     with ExitStack() as stack:
         for module in ("distributed", "model_executor.layers.linear", "model_executor.parameter"):
             path = f"vllm.{module}.get_tensor_model_parallel"
