@@ -79,29 +79,44 @@ class Figure:
     higher_is_better: bool = False
 
 
-def workloads(scale: float) -> dict[str, list[TraceRequest]]:
-    """Traces by name; ``scale`` below 1 makes prompts, answers and numbers of requests smaller, to try it."""
+@dataclass(frozen=True)
+class Workload:
+    """Requests to send; ``in_turn``: each when the one before is answered, whatever the arrival times."""
 
-    def size(count: int) -> int:
+    trace: list[TraceRequest]
+    in_turn: bool = False
+
+
+def workloads(scale: float, load: float) -> dict[str, Workload]:
+    """Workloads by name.
+
+    Args:
+        scale: below 1 makes prompts, answers and numbers of requests smaller, to try it.
+        load: factor on how many requests are sent for throughput, and how many a second in the bursts.
+    """
+
+    def size(count: float) -> int:
         return max(1, round(count * scale))
 
-    def one_by_one(prompt: int, gap_s: float) -> list[TraceRequest]:
-        return [TraceRequest(number * gap_s, size(prompt), size(64)) for number in range(5)]
+    def in_turn(prompt: int, output: int) -> Workload:
+        return Workload([TraceRequest(0.0, size(prompt), size(output))] * 4, in_turn=True)
 
-    def at_once(count: int, prompt: int, output: int) -> list[TraceRequest]:
-        return [TraceRequest(0.0, size(prompt), size(output))] * count
+    def at_once(count: int, prompt: int, output: int) -> Workload:
+        return Workload([TraceRequest(0.0, size(prompt), size(output))] * count)
 
-    bursts = generate(bursty(1, 10, 30, 6), 10, 90, (size(256), size(4096)), (size(32), size(256)), seed=0)
+    prompts, answers = (size(256), size(4096)), (size(32), size(256))
+    bursts = generate(bursty(2 * load, 40 * load, 10, 3), 40 * load, 40, prompts, answers, seed=0)
     return {
-        "one 1k": one_by_one(1000, 3),
-        "one 8k": one_by_one(8000, 5),
-        "one 32k": one_by_one(32000, 12),
-        "batch 1": at_once(1, 128, 256),
-        "batch 16": at_once(16, 128, 256),
-        "batch 64": at_once(64, 128, 256),
-        "2k/128": at_once(size(400), 2000, 128),
-        "8k/64": at_once(size(100), 8000, 64),
-        "bursts": bursts,
+        "one 1k": in_turn(1000, 64),
+        "one 8k": in_turn(8000, 64),
+        "one 32k": in_turn(32000, 64),
+        # Short prompts and long answers, so that prefills of other requests count for little.
+        "batch 1": in_turn(16, 256),
+        "batch 16": at_once(16, 16, 512),
+        "batch 64": at_once(64, 16, 512),
+        "2k/128": at_once(size(300 * load), 2000, 128),
+        "8k/64": at_once(size(75 * load), 8000, 64),
+        "bursts": Workload(bursts),
     }
 
 
@@ -110,7 +125,7 @@ def _latency(name: str, percent: str) -> Callable[[dict[str, Any]], float]:
 
 
 def _median_but_first(name: str) -> Callable[[dict[str, Any]], float]:
-    # The first request of a shape may compile something.
+    # The first request of a length may load kernels.
     return lambda report: 1e3 * statistics.median(latencies(report, name)[1:])
 
 
@@ -189,17 +204,24 @@ class Server:
             return False
 
 
-def run_workload(trace: list[TraceRequest], seed: int) -> dict[str, Any]:
-    """The report of a replay, after a first one of the same shape to warm up.
+def run_workload(workload: Workload, seed: int) -> dict[str, Any]:
+    """The report of a replay; where requests are sent at once, after some of the same length to warm up.
 
     Raises:
         RuntimeError: a request failed.
     """
-    for attempt, requests in enumerate((trace[:4], trace)):
-        result = asyncio.run(replay(requests, Options(URL, seed=seed + attempt, timeout=900)))
-        report = make_report(result, len(requests), {})
-        if result.failed:
-            raise RuntimeError(f"{result.failed} requests failed: {report['summary']['failures']}")
+    trace = workload.trace
+    batches = [[request] for request in trace] if workload.in_turn else [trace[:4], trace]
+    results = [
+        asyncio.run(replay(batch, Options(URL, seed=seed + number, timeout=900)))
+        for number, batch in enumerate(batches)
+    ]  # fmt: skip
+    result = results[-1]
+    if workload.in_turn:
+        result.outcomes = [outcome for each in results for outcome in each.outcomes]
+    report = make_report(result, len(result.outcomes), {})
+    if failures := report["summary"]["failures"]:
+        raise RuntimeError(f"requests failed: {failures}")
     return report
 
 
@@ -207,9 +229,9 @@ def run_contender(args: argparse.Namespace, name: str, contender: Contender, mod
     """Run what is missing of a contender's workloads."""
     folder = args.folder / name.replace(" ", "-")
     folder.mkdir(exist_ok=True)
-    traces = {key: trace for key, trace in workloads(args.scale).items() if not args.only or key in args.only}
-    files = {key: folder / f"{key.replace(' ', '-').replace('/', '-')}.json" for key in traces}
-    missing = [key for key in traces if not files[key].exists()]
+    chosen = {key: each for key, each in workloads(args.scale, args.load).items() if key in (args.only or (key,))}
+    files = {key: folder / f"{key.replace(' ', '-').replace('/', '-')}.json" for key in chosen}
+    missing = [key for key in chosen if not files[key].exists()]
     if not missing and (folder / "server.json").exists():
         return
     failed = folder / "failed.txt"
@@ -219,7 +241,7 @@ def run_contender(args: argparse.Namespace, name: str, contender: Contender, mod
         with Server(contender, model, args.server_flags, folder / "server.log", args.patience) as facts:
             (folder / "server.json").write_text(json.dumps(facts))
             for key in missing:
-                files[key].write_text(json.dumps(run_workload(traces[key], seed=100 * len(key))))
+                files[key].write_text(json.dumps(run_workload(chosen[key], seed=100 * len(key))))
                 print(f"{name}: {key} done", flush=True)
     except RuntimeError as error:
         failed.write_text(str(error))
@@ -287,6 +309,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="*", help="only these")
     parser.add_argument("--only", nargs="*", help="only these workloads")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: smaller workloads, to try it")
+    parser.add_argument("--load", type=float, default=1.0, help="factor on requests; smaller for larger models")
     parser.add_argument("--patience", type=float, default=600, help="seconds that a server may take to start")
     parser.add_argument("server_flags", nargs="*", help="more flags for every server, after --")
     args = parser.parse_args()
