@@ -1,8 +1,8 @@
 """vLLM's features and further models in both modes on CUDA, against stock vLLM with TP=2.
 
-Asks what ``tests/test_features.py`` asks, in fp32 by default. Two ranks share the first GPU (shared_gpu.py), with
-compiled code and CUDA graphs unless --eager is given. Prints one line a feature, on tokens, log-probabilities and KV
-caches. Examples: python benchmarks/features.py ngram eagle
+Asks what ``tests/test_features.py`` asks, in fp32 by default. Two ranks share the first GPU (shared_gpu.py), or have
+one each with --own-gpus, with compiled code and CUDA graphs unless --eager is given. Prints one line a feature, on
+tokens, log-probabilities and KV caches. Examples: python benchmarks/features.py ngram eagle
                   python benchmarks/features.py tokens --model deepseek --dtype bfloat16
 """
 
@@ -71,7 +71,7 @@ def job_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.names != ["tokens"]:
         features |= test_features.features(model, folder)
         features["eagle3"] = test_features.speculative(method="eagle3", model=str(tiny.make_drafter("eagle3", folder)))
-    common = test_features.common(model) | shared_gpu.engine_args()
+    common = test_features.common(model) | shared_gpu.engine_args(args.own_gpus)
     common |= {"enforce_eager": args.eager, "dtype": args.dtype}
     del common["block_size"]
     if args.dtype == "float32":
@@ -114,9 +114,10 @@ def main() -> None:
     # The threshold cannot change between runs: CUDA graphs were captured with it.
     parser.add_argument("--threshold", type=int, default=48, help="0 is SP mode always; 48, for prefills only")
     parser.add_argument("--eager", action="store_true", help="without compiled code and CUDA graphs")
+    parser.add_argument("--own-gpus", action="store_true", help="a GPU for each rank, with NCCL")
     args = parser.parse_args()
     if not shared_gpu.is_rank():
-        sys.exit(shared_gpu.run_ranks(2))
+        sys.exit(shared_gpu.run_ranks(2, args.own_gpus))
     with tempfile.TemporaryDirectory() as folder:
         results = feature_main.try_features(job_of(args, Path(folder)))
     row = vars(args) | {"v2_runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "default")}

@@ -108,11 +108,12 @@ def staged_all_to_all(received: torch.Tensor, x: torch.Tensor, group: Any) -> No
         block.copy_(sent[region.rank])
 
 
-def engine_args() -> dict[str, Any]:
+def engine_args(own_gpus: bool = False) -> dict[str, Any]:
     """Prepare this process to be a rank; returns the arguments of ``vllm.LLM`` that go with it."""
-    CudaPlatform.dist_backend = "gloo"
-    CudaPlatform.get_device_communicator_cls = classmethod(lambda cls: "shared_gpu.StagedCommunicator")
-    exchange.all_to_all_single = staged_all_to_all
+    if not own_gpus:
+        CudaPlatform.dist_backend = "gloo"
+        CudaPlatform.get_device_communicator_cls = classmethod(lambda cls: "shared_gpu.StagedCommunicator")
+        exchange.all_to_all_single = staged_all_to_all
     return {
         "distributed_executor_backend": "external_launcher",
         "gpu_memory_utilization": 0.2,
@@ -126,12 +127,15 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def run_ranks(world: int) -> int:
-    """Run this command again, once a rank, all on the first GPU; only rank 0 prints. Returns an exit code."""
+def run_ranks(world: int, own_gpus: bool = False) -> int:
+    """Run this command again, once a rank, all on the first GPU or each on its own; only rank 0 prints.
+
+    Returns an exit code.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = os.environ | {"WORLD_SIZE": str(world), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     env |= {"MASTER_PORT": str(port), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +145,7 @@ def run_ranks(world: int) -> int:
         ranks = [
             subprocess.Popen(
                 [sys.executable, *sys.argv],
-                env=env | {"RANK": str(rank)},
+                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank if own_gpus else 0)},
                 stdout=None if rank == 0 else subprocess.DEVNULL,
             )
             for rank in range(world)
