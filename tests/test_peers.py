@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_exchange import tagged
 
+from vllm_shift import exchange
+
 pytest.importorskip("triton")
 
 # Columns of q, k and v of one head block; values have a head size of their own.
@@ -25,8 +27,15 @@ def peers(monkeypatch):
     return peers
 
 
-def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list:
-    """A ``PeerMemory`` of each rank, in memory of this process; ranks do not wait for each other."""
+class Group(SimpleNamespace):
+    """The part of vLLM's GroupCoordinator that is used."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[Group]:
+    """The group of each rank with its ``PeerMemory``, in memory of this process; ranks do not wait for each other."""
     calls, places = count(), [torch.full((2, 1000), float("nan")) for _ in range(sp)]
 
     def empty(elements, dtype, device):
@@ -40,17 +49,23 @@ def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list:
     monkeypatch.setattr(peers.symmetric_memory, "empty", empty)
     monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
     groups = [
-        SimpleNamespace(world_size=sp, rank_in_group=rank, device="cpu", device_group=SimpleNamespace(group_name=rank))
+        Group(
+            world_size=sp, rank_in_group=rank, device="cpu", device_group=SimpleNamespace(group_name=rank),
+            unique_name=f"rank {rank}",
+        )
         for rank in range(sp)
-    ]
-    return [peers.PeerMemory(group, [LAYER], rows * sp, torch.float32, keeps) for group in groups]
+    ]  # fmt: skip
+    for group in groups:
+        exchange.register_group(group)
+        exchange.use_peers(group, peers.PeerMemory(group, [LAYER], rows * sp, torch.float32, keeps))
+    return groups
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize(("sp", "rows"), [(2, 1), (2, 5), (3, 4)])
 def test_tokens_become_heads_and_come_back(peers, monkeypatch, sp, rows, keeps):
-    ranks = connected(peers, monkeypatch, sp, rows, keeps)
-    sent = []
+    groups = connected(peers, monkeypatch, sp, rows, keeps)
+    names, sent = [group.unique_name for group in groups], []
     for rank in range(sp):
         # As in a model: v is a column slice of a larger tensor.
         k, v = torch.cat([tagged(rank, rows, sp, width) for width in (K, V)], dim=-1).split((K, V), dim=-1)
@@ -58,29 +73,28 @@ def test_tokens_become_heads_and_come_back(peers, monkeypatch, sp, rows, keeps):
     token = torch.arange(sp * rows).view(-1, 1)
     # What comes is complete when every rank has sent, which a barrier waits for: here, the second time.
     for _ in range(2):
-        received = [rank.tokens_to_heads(*each) for rank, each in zip(ranks, sent, strict=True)]
-    for number, found in enumerate(received):
-        expected = [token * 10_000 + number * 100 + torch.arange(width) for width in (Q, K, V)]
-        assert torch.equal(found, torch.cat(expected, dim=-1).float())
-        assert (found.data_ptr() == ranks[number]._heads._memory.data_ptr()) is keeps
+        received = [
+            exchange.tokens_to_heads(*each, sp, name, through_peers=True)
+            for name, each in zip(names, sent, strict=True)
+        ]
+    for number, qkv in enumerate(received):
+        for found, width in zip(qkv, (Q, K, V), strict=True):
+            assert torch.equal(found, (token * 10_000 + number * 100 + torch.arange(width)).float())
+        memory = exchange._peers[groups[number]]._heads._memory
+        assert (qkv[0].data_ptr() == memory.data_ptr()) is keeps
     heads = [(token * 10_000 + number * 100 + torch.arange(2 * V)).float() for number in range(sp)]
     for _ in range(2):
-        back = [rank.heads_to_tokens(x) for rank, x in zip(ranks, heads, strict=True)]
+        back = [exchange.heads_to_tokens(x, sp, name, through_peers=True) for name, x in zip(names, heads, strict=True)]
     for number, found in enumerate(back):
         assert torch.equal(found, tagged(number, rows, sp, 2 * V))
 
 
 @pytest.mark.parametrize("case", ["works", "no custom all-reduce", "it is disabled", "memory cannot be shared"])
 def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
-    from vllm_shift import exchange
-
     def rendezvous(memory, name):
         if case == "memory cannot be shared":
             raise RuntimeError("no handles")
         return SimpleNamespace(buffer_ptrs=[0], barrier=lambda: None)
-
-    class Group(SimpleNamespace):
-        __hash__ = object.__hash__
 
     lines = []
     custom_all_reduce = None if case == "no custom all-reduce" else SimpleNamespace(disabled=case == "it is disabled")
@@ -98,9 +112,10 @@ def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
         device_group=device_group,
     )  # fmt: skip
     compilation = SimpleNamespace(splitting_ops_contain_attention=lambda: True, use_inductor_graph_partition=False)
-    config = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(dtype=torch.float32))
-    peers.connect(group, [LAYER], 4, config)
-    assert (group in exchange._peers) is (case == "works")
+    model_config = SimpleNamespace(dtype=torch.float32)
+    config = SimpleNamespace(compilation_config=compilation, model_config=model_config, additional_config={})
+    assert peers.connect(group, [LAYER], 4, config) is (case == "works")
+    assert (group in exchange._peers) is bool(config.additional_config) is (case == "works")
     expected = {
         "works": "each other's memory.",
         "memory cannot be shared": "NCCL, as the GPUs cannot share memory (no handles).",
@@ -110,6 +125,6 @@ def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
 
 
 def test_it_refuses_more_rows_than_it_has_memory_for(peers, monkeypatch):
-    (rank, _) = connected(peers, monkeypatch, 2, 3, True)
+    group, _ = connected(peers, monkeypatch, 2, 3, True)
     with pytest.raises(AssertionError):
-        rank.heads_to_tokens(torch.zeros(8, 2 * V))
+        exchange._peers[group].heads_to_tokens(torch.zeros(8, 2 * V))

@@ -18,9 +18,12 @@ from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_shift.exchange import PeerExchange, use_peers
+from vllm_shift.exchange import Peers, use_peers
 
 logger = init_logger(f"vllm.{__name__}")
+
+# A key of VllmConfig.additional_config.
+COMPILED_FOR_PEERS = "shift_parallel_peers"
 
 # Elements that one program copies at a time.
 BLOCK = 2048
@@ -113,7 +116,7 @@ class _Buffer:
         return self._memory[: rows * sum(widths)].view(rows, -1)
 
 
-class PeerMemory(PeerExchange):
+class PeerMemory(Peers):
     """Both directions of the exchange.
 
     Args:
@@ -142,7 +145,7 @@ class PeerMemory(PeerExchange):
         return self._tokens.exchange((x,), (1, len(x) // self._sp, self._sp, 1)).clone()
 
 
-def connect(group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig) -> None:
+def connect(group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig) -> bool:
     """Let an SP group exchange in this way, if its GPUs can; otherwise NCCL's all-to-all does it.
 
     They can where vLLM's custom all-reduce runs, which works alike: on GPUs of one host that are connected all to all.
@@ -152,13 +155,20 @@ def connect(group: GroupCoordinator, layers: Sequence[Attention], rows: int, vll
         layers: that exchange.
         rows: most rows of the folded view, n*S.
         vllm_config: of the engine.
+
+    Returns:
+        Whether they can.
     """
     if not layers:
-        return
+        return False
     problem = _share_memory(group, layers, rows, vllm_config)
     if group.rank == group.first_rank:
         way = "each other's memory" if problem is None else f"NCCL, as {problem}"
         logger.info("Shift Parallelism: ranks %s exchange tokens for heads through %s.", group.ranks, way)
+    if problem is None:
+        # Part of the key of vLLM's compile cache: compiled code is another one then.
+        vllm_config.additional_config[COMPILED_FOR_PEERS] = True
+    return problem is None
 
 
 def _share_memory(

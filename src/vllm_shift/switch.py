@@ -33,6 +33,7 @@ class ModeSwitch:
     Attributes:
         in_sp: whether the step that runs is in SP mode.
         eager: run the modules as they are, in both modes, instead of what is compiled for them.
+        through_peers: exchange through each other's memory, see ``peers.py``.
         exchanging: the attention layers that exchange tokens for heads in SP mode.
         most_rows: largest number of this rank's tokens in a step.
         position_repeats: rows of ``positions`` a token in SP mode: S for rotary embedding of folded views, 1 where no
@@ -49,7 +50,7 @@ class ModeSwitch:
         self.dims, self.max_tp_tokens = dims, max_tp_tokens
         self.sp_group, self._tp_group = sp_group, tp_group
         self._group_name = register_group(sp_group)
-        self.in_sp = self.eager = False
+        self.in_sp = self.eager = self.through_peers = False
 
     def is_sp_step(self, num_tokens: int) -> bool:
         """Whether a step of this many tokens runs in SP mode."""
@@ -176,13 +177,13 @@ class ModeSwitch:
         if not self.in_sp:
             return None
         q, k, v = args
-        q, k, v = tokens_to_heads(q, k, v, self.dims.sp, self._group_name)
+        q, k, v = tokens_to_heads(q, k, v, self.dims.sp, self._group_name, self.through_peers)
         return (self.without_padding(q), self.without_padding(k), self.without_padding(v)), kwargs
 
     def _after_attention(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
         if not self.in_sp:
             return None
-        return heads_to_tokens(self.with_padding(output), self.dims.sp, self._group_name)
+        return heads_to_tokens(self.with_padding(output), self.dims.sp, self._group_name, self.through_peers)
 
     def without_padding(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of all tokens, [n*S, ...] to [N, ...]."""

@@ -86,7 +86,7 @@ class ShiftWorkerMixin(WorkerBase):
             from vllm_shift.peers import connect
 
             rows = self.switch.most_rows * self.switch.dims.sp
-            connect(self.switch.sp_group, self.switch.exchanging, rows, self.vllm_config)
+            self.switch.through_peers = connect(self.switch.sp_group, self.switch.exchanging, rows, self.vllm_config)
         if self.rank == 0:
             logger.info("%s", _describe(self.shift_config, model))
             if copies := [module for module in model.modules() if getattr(module, "second_copy", 0)]:
