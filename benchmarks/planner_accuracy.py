@@ -21,6 +21,9 @@ POINTS = Path(__file__).parent / "results" / "planner_points.csv"
 # ``device``: CUDA events around one step; ``caller``: the clock of who calls ``vllm.LLM``.
 IDLE_START_MS = {"device": 1.5, "caller": 6.0}
 
+# Larger steps have no CUDA graph in stock vLLM; the host takes longer to launch their kernels than the GPU to run them.
+STOCK_GRAPH_TOKENS = 512
+
 # Around the middle of the 64 steps that were timed, after prompts of 16 tokens.
 DECODE_CACHED = 48
 
@@ -52,6 +55,8 @@ class Point:
         if self.quantity == "prefill_ms":
             size = "2048 tokens and more" if self.tokens >= 2048 else "fewer than 2048 tokens"
             timed = "two GPUs" if "two GPUs" in self.source else "one rank"
+            if timed == "two GPUs" and self.layout.sp == 1 and STOCK_GRAPH_TOKENS < self.tokens < 2048:
+                return "prefill, two GPUs, kernels launched one by one"
             return f"prefill, {timed}, {size}"
         return {"decode_ms": "decode", "kv_tokens": "KV cache tokens", "weight_bytes": "weights",
                 "bus_gb_s": "NCCL bus bandwidth"}[self.quantity]  # fmt: skip

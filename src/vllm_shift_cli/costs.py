@@ -152,7 +152,8 @@ class Achieved:
         host_request_s: the same, for each request.
         link: of the link's bandwidth, by NCCL.
         all_reduce_s: latency of vLLM's own all-reduce inside a host; fitted for two GPUs.
-        nccl_s: latency of a collective of NCCL inside a host; assumed.
+        exchange_s: latency of an exchange inside a host, through each other's memory; measured for two GPUs.
+        nccl_s: latency of a collective of NCCL inside a host; measured for two GPUs.
         network_s: added for each doubling of the number of hosts; assumed.
         memory_share: of the GPU's memory that vLLM takes, its default.
         reserved: memory that is neither weights nor KV cache, in a TP engine.
@@ -170,7 +171,8 @@ class Achieved:
     host_request_s: float = 28e-6
     link: float = 0.76
     all_reduce_s: float = 6e-6
-    nccl_s: float = 15e-6
+    exchange_s: float = 6e-6
+    nccl_s: float = 13e-6
     network_s: float = 10e-6
     memory_share: float = 0.92
     reserved: float = 1.2 * GIB
@@ -274,15 +276,15 @@ def _attention_s(model: ModelShape, world: int, batch: Batch, gpu: Gpu, achieved
 
 
 def _elementwise_s(model: ModelShape, layout: Layout, tokens: int, gpu: Gpu, achieved: Achieved) -> float:
-    """Norms, rotary embedding, the write to the KV cache and the activation of one layer; in SP mode packing, too."""
+    """Norms, rotary embedding, the write to the KV cache and the activation of one layer; in SP mode a copy, too."""
     own, n = shard(model, layout.world), -(-tokens // layout.sp)
     folded = n * layout.sp
     # Elements read and written: two norms that also add the residual; q, k, v; the cache; gate, up and their product.
     moved = 8 * n * model.hidden + folded * (2 * (own.q + 2 * own.kv) + 4 * own.kv + 3 * own.intermediate)
     kernels = 5
     if layout.sp > 1:
-        moved += folded * 2 * (own.q + 2 * own.kv + own.q)
-        kernels += 2
+        moved += folded * 2 * own.q
+        kernels += 1
     bandwidth = gpu.hbm_gb_s * 1e9 * achieved.elementwise_bandwidth
     return kernels * achieved.kernel_s + moved * model.element_bytes / bandwidth
 
@@ -337,10 +339,11 @@ def all_to_all_s(size: float, ranks: int, cluster: Cluster, achieved: Achieved =
     if ranks == 1:
         return 0.0
     group = _group(ranks, 1, cluster)
+    own_kernel = group.hosts == 1 and cluster.gpu.nvlink
     link, network = _bandwidths(cluster, achieved)
     inside = (group.on_host - 1) / ranks * size / link
     across = (ranks - group.on_host) / ranks * size / network
-    return _latency(group, achieved) + inside + across
+    return (achieved.exchange_s if own_kernel else _latency(group, achieved)) + inside + across
 
 
 def exchange_bytes(model: ModelShape, layout: Layout, tokens: int) -> tuple[int, int]:
