@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
+    if args.together > 1 and args.meet is None:
+        parser.error("--together needs --meet")
     load_general_plugins()  # which add their flags to LLM
     random.seed(0)
     begin = time.perf_counter()

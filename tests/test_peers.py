@@ -8,6 +8,7 @@ import torch
 from test_exchange import tagged
 
 from vllm_shift import exchange
+from vllm_shift.compiled import config_of_twin
 
 pytest.importorskip("triton")
 
@@ -71,33 +72,45 @@ def test_tokens_become_heads_and_come_back(peers, monkeypatch, sp, rows, keeps):
         k, v = torch.cat([tagged(rank, rows, sp, width) for width in (K, V)], dim=-1).split((K, V), dim=-1)
         sent.append((tagged(rank, rows, sp, Q), k, v))
     token = torch.arange(sp * rows).view(-1, 1)
+    heads = [(token * 10_000 + number * 100 + torch.arange(2 * V)).float() for number in range(sp)]
     # What comes is complete when every rank has sent, which a barrier waits for: here, the second time.
     for _ in range(2):
         received = [
             exchange.tokens_to_heads(*each, sp, name, through_peers=True)
             for name, each in zip(names, sent, strict=True)
         ]
+        back = [exchange.heads_to_tokens(x, sp, name, through_peers=True) for name, x in zip(names, heads, strict=True)]
     for number, qkv in enumerate(received):
         for found, width in zip(qkv, (Q, K, V), strict=True):
             assert torch.equal(found, (token * 10_000 + number * 100 + torch.arange(width)).float())
         memory = exchange._peers[groups[number]]._heads._memory
         assert (qkv[0].data_ptr() == memory.data_ptr()) is keeps
-    heads = [(token * 10_000 + number * 100 + torch.arange(2 * V)).float() for number in range(sp)]
-    for _ in range(2):
-        back = [exchange.heads_to_tokens(x, sp, name, through_peers=True) for name, x in zip(names, heads, strict=True)]
     for number, found in enumerate(back):
         assert torch.equal(found, tagged(number, rows, sp, 2 * V))
 
 
-@pytest.mark.parametrize("case", ["works", "no custom all-reduce", "it is disabled", "memory cannot be shared"])
+REASONS = {
+    "works": None,
+    "no custom all-reduce": "vLLM's custom all-reduce is off",
+    "it is disabled": "vLLM's custom all-reduce is off",
+    "PCIe": "there is no NVLink between all GPUs",
+    "another backend": "PyTorch's symmetric memory has the backend NVSHMEM",
+    "no handles": "the GPUs cannot share memory (no handles)",
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
 def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
     def rendezvous(memory, name):
-        if case == "memory cannot be shared":
+        if case == "no handles":
             raise RuntimeError("no handles")
         return SimpleNamespace(buffer_ptrs=[0], barrier=lambda: None)
 
     lines = []
-    custom_all_reduce = None if case == "no custom all-reduce" else SimpleNamespace(disabled=case == "it is disabled")
+    custom_all_reduce = SimpleNamespace(disabled=case == "it is disabled", fully_connected=case != "PCIe")
+    custom_all_reduce = None if case == "no custom all-reduce" else custom_all_reduce
+    backend = "NVSHMEM" if case == "another backend" else "CUDA"
+    monkeypatch.setattr(peers.symmetric_memory, "get_backend", lambda device: backend)
     tp_group = SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=custom_all_reduce))
     monkeypatch.setattr(peers, "get_tp_group", lambda: tp_group)
     monkeypatch.setattr(peers.symmetric_memory, "empty", torch.empty)
@@ -113,18 +126,30 @@ def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
     )  # fmt: skip
     compilation = SimpleNamespace(splitting_ops_contain_attention=lambda: True, use_inductor_graph_partition=False)
     model_config = SimpleNamespace(dtype=torch.float32)
-    config = SimpleNamespace(compilation_config=compilation, model_config=model_config, additional_config={})
+    config = SimpleNamespace(compilation_config=compilation, model_config=model_config)
     assert peers.connect(group, [LAYER], 4, config) is (case == "works")
-    assert (group in exchange._peers) is bool(config.additional_config) is (case == "works")
-    expected = {
-        "works": "each other's memory.",
-        "memory cannot be shared": "NCCL, as the GPUs cannot share memory (no handles).",
-    }
-    assert len(lines) == 1
-    assert lines[0].endswith("through " + expected.get(case, "NCCL, as vLLM's custom all-reduce is off."))
+    assert (group in exchange._peers) is (case == "works")
+    way = f"NCCL, as {REASONS[case]}." if REASONS[case] else "each other's memory."
+    assert [line.split(" through ")[1] for line in lines] == [way]
 
 
-def test_it_refuses_more_rows_than_it_has_memory_for(peers, monkeypatch):
+def test_what_would_spoil_memory_is_refused(peers, monkeypatch):
     group, _ = connected(peers, monkeypatch, 2, 3, True)
+    memory = exchange._peers[group]
+    q, k, v = (torch.zeros(6, width) for width in (Q, K, V))
+    memory.tokens_to_heads(q, k, v)
+    # A rank may still read what the first one brought.
+    with pytest.raises(RuntimeError, match="must be followed by one after it"):
+        memory.tokens_to_heads(q, k, v)
     with pytest.raises(AssertionError):
-        exchange._peers[group].heads_to_tokens(torch.zeros(8, 2 * V))
+        memory.heads_to_tokens(torch.zeros(8, 2 * V))
+    with pytest.raises(AssertionError, match="float64"):
+        memory.tokens_to_heads(q, k, v.double())
+
+
+def test_traces_of_both_ways_have_caches_of_their_own():
+    compilation = SimpleNamespace(cache_dir="cache")
+    config = SimpleNamespace(compilation_config=compilation, additional_config={"shift_parallel": {}})
+    twins = [config_of_twin(config, trace) for trace in ("sp", "sp-peers")]
+    assert len({twin.compilation_config.cache_dir for twin in [config, *twins]}) == 3
+    assert len({str(twin.additional_config) for twin in [config, *twins]}) == 3

@@ -101,15 +101,16 @@ def vllm_config(monkeypatch, tmp_path):
 
 def test_the_cache_gives_back_what_an_equal_engine_measured(vllm_config):
     steps = times(300)
-    assert TimesCache(vllm_config()).load() is None
-    TimesCache(vllm_config()).save(steps)
-    assert TimesCache(vllm_config()).load() == steps
-    assert TimesCache(vllm_config("b")).load() is None
+    assert TimesCache(vllm_config(), False).load() is None
+    TimesCache(vllm_config(), False).save(steps)
+    assert TimesCache(vllm_config(), False).load() == steps
+    assert TimesCache(vllm_config("b"), False).load() is None
+    assert TimesCache(vllm_config(), True).load() is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 1, "times": []}', '{"key"', "null"])
 def test_a_broken_cache_is_measured_again(vllm_config, tmp_path, content, caplog_vllm):
-    cache = TimesCache(vllm_config())
+    cache = TimesCache(vllm_config(), False)
     cache.save(times(300))
     (path,) = tmp_path.rglob("*.json")
     key = json.loads(path.read_text())["key"]
@@ -122,7 +123,7 @@ def test_a_broken_cache_is_measured_again(vllm_config, tmp_path, content, caplog
 
 def test_a_cache_that_cannot_be_written_is_no_failure(vllm_config, tmp_path, caplog_vllm):
     (tmp_path / "shift_parallel").write_text("a file where the folder should be")
-    TimesCache(vllm_config()).save(times(300))
+    TimesCache(vllm_config(), False).save(times(300))
     assert "cannot be kept" in caplog_vllm.text
 
 

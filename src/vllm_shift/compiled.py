@@ -22,18 +22,19 @@ class CompiledTwins:
     Args:
         model: the model, not yet compiled: its first run must come later.
         vllm_config: the engine's config.
+        trace: a name of what they trace, for vLLM's compile cache.
 
     Raises:
         NotImplementedError: vLLM compiles the model as a whole, so that its hooks do not run.
     """
 
-    def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, trace: str) -> None:
         self._swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
             return
         if isinstance(model, TorchCompileWithNoGuardsWrapper):
             raise NotImplementedError(f"{type(model).__name__} is compiled as a whole; SP mode has no way in")
-        sp_config = _config_of_twin(vllm_config)
+        sp_config = config_of_twin(vllm_config, trace)
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if not isinstance(child, TorchCompileWithNoGuardsWrapper) or child.do_not_compile:
@@ -56,15 +57,15 @@ class CompiledTwins:
             setattr(parent, name, stock)
 
 
-def _config_of_twin(vllm_config: VllmConfig) -> Any:
-    """A config that vLLM's compile cache tells from the engine's own."""
+def config_of_twin(vllm_config: VllmConfig, trace: str) -> Any:
+    """A config that vLLM's compile cache tells from the engine's own, and from that of another trace."""
     config = copy.copy(vllm_config)
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     if config.compilation_config.cache_dir:
         # A directory of the user's own takes the place of vLLM's, which the hash of the config names.
-        config.compilation_config.cache_dir = os.path.join(config.compilation_config.cache_dir, "sp")
+        config.compilation_config.cache_dir = os.path.join(config.compilation_config.cache_dir, trace)
     settings = vllm_config.additional_config
-    config.additional_config = settings | {CONFIG_KEY: settings[CONFIG_KEY] | {"trace": "sp"}}
+    config.additional_config = settings | {CONFIG_KEY: settings[CONFIG_KEY] | {"trace": trace}}
     return config
 
 

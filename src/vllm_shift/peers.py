@@ -22,9 +22,6 @@ from vllm_shift.exchange import Peers, use_peers
 
 logger = init_logger(f"vllm.{__name__}")
 
-# A key of VllmConfig.additional_config.
-COMPILED_FOR_PEERS = "shift_parallel_peers"
-
 # Elements that one program copies at a time.
 BLOCK = 2048
 
@@ -107,6 +104,7 @@ class _Buffer:
         widths = [x.shape[-1] for x in sources]
         rows = len(sources[0])
         assert rows * sum(widths) <= self._memory.numel(), (rows, widths)
+        assert all(x.dtype == self._memory.dtype for x in sources), [x.dtype for x in sources]
         q, k, v = sources if len(sources) == 3 else sources * 3
         write_rows[(rows // self._ranks, self._ranks)](
             q, k, v, self._targets, self._rank, q.stride(0), k.stride(0), v.stride(0), *strides,
@@ -130,25 +128,34 @@ class PeerMemory(Peers):
     def __init__(
         self, group: GroupCoordinator, layers: Sequence[Attention], rows: int, dtype: torch.dtype, keeps: bool
     ) -> None:
-        self._sp, self._keeps = group.world_size, keeps
+        self._sp, self._keeps, self._with_heads = group.world_size, keeps, False
         head = max(x.num_heads * x.head_size + x.num_kv_heads * (x.head_size + x.head_size_v) for x in layers)
         self._heads = _Buffer(rows * head, dtype, group)
         self._tokens = _Buffer(rows * max(x.num_heads * x.head_size_v for x in layers), dtype, group)
 
     def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """[n*S, ...] each, in the folded view, to [n*S, all columns] in the head view."""
+        self._turn(to_heads=True)
         received = self._heads.exchange((q, k, v), (self._sp, 1, 1, len(q) // self._sp))
         return received if self._keeps else received.clone()
 
     def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """[n*S, ...] in the head view to the folded view."""
+        self._turn(to_heads=False)
         return self._tokens.exchange((x,), (1, len(x) // self._sp, self._sp, 1)).clone()
+
+    def _turn(self, to_heads: bool) -> None:
+        """The directions have to take turns, see the top of this module; CUDA graphs replay what did."""
+        if self._with_heads == to_heads:
+            raise RuntimeError("an exchange before attention must be followed by one after it, and the reverse")
+        self._with_heads = to_heads
 
 
 def connect(group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig) -> bool:
     """Let an SP group exchange in this way, if its GPUs can; otherwise NCCL's all-to-all does it.
 
-    They can where vLLM's custom all-reduce runs, which works alike: on GPUs of one host that are connected all to all.
+    They can where vLLM's custom all-reduce runs, which works alike, on GPUs of one host with NVLink between all of
+    them: barriers are atomic operations on another GPU's memory.
 
     Args:
         group: the SP group; all its ranks call this.
@@ -159,15 +166,10 @@ def connect(group: GroupCoordinator, layers: Sequence[Attention], rows: int, vll
     Returns:
         Whether they can.
     """
-    if not layers:
-        return False
     problem = _share_memory(group, layers, rows, vllm_config)
     if group.rank == group.first_rank:
         way = "each other's memory" if problem is None else f"NCCL, as {problem}"
         logger.info("Shift Parallelism: ranks %s exchange tokens for heads through %s.", group.ranks, way)
-    if problem is None:
-        # Part of the key of vLLM's compile cache: compiled code is another one then.
-        vllm_config.additional_config[COMPILED_FOR_PEERS] = True
     return problem is None
 
 
@@ -178,6 +180,10 @@ def _share_memory(
     custom_all_reduce = getattr(get_tp_group().device_communicator, "ca_comm", None)
     if custom_all_reduce is None or custom_all_reduce.disabled:
         return "vLLM's custom all-reduce is off"
+    if not custom_all_reduce.fully_connected:
+        return "there is no NVLink between all GPUs"
+    if (backend := symmetric_memory.get_backend(group.device)) != "CUDA":
+        return f"PyTorch's symmetric memory has the backend {backend}"
     compilation: Any = vllm_config.compilation_config
     # Where attention is compiled together with what follows, Inductor would reuse the memory of its inputs.
     keeps = compilation.splitting_ops_contain_attention() and not compilation.use_inductor_graph_partition

@@ -13,6 +13,7 @@ from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from vllm_shift.compiled import CompiledTwins
@@ -34,8 +35,6 @@ class ModeSwitch:
         in_sp: whether the step that runs is in SP mode.
         eager: run the modules as they are, in both modes, instead of what is compiled for them.
         through_peers: exchange through each other's memory, see ``peers.py``.
-        exchanging: the attention layers that exchange tokens for heads in SP mode.
-        most_rows: largest number of this rank's tokens in a step.
         position_repeats: rows of ``positions`` a token in SP mode: S for rotary embedding of folded views, 1 where no
             attention layer has them (code like DeepSeek-V2's compares these rows with those of hidden states).
     """
@@ -77,10 +76,15 @@ class ModeSwitch:
             raise NotImplementedError(f"{type(model).__name__} has layers that SP mode does not know: {unknown}")
         if not layers and not gathered:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
-        self.exchanging: list[Attention] = layers
         self.position_repeats = self.dims.sp if layers else 1
-        self._twins = CompiledTwins(model, vllm_config)
-        self.most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
+        self._most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
+        if layers and current_platform.is_cuda():
+            # Not at the top: the CPU backend has no Triton.
+            from vllm_shift.peers import connect
+
+            self.through_peers = connect(self.sp_group, layers, self._most_rows * self.dims.sp, vllm_config)
+        # The exchange is a part of what is traced.
+        self._twins = CompiledTwins(model, vllm_config, "sp-peers" if self.through_peers else "sp")
         self._buffers: dict[str, torch.Tensor] = {}
         # A plain bool, because the hooks of attention layers are traced.
         self._keep_padding = bool(self._twins)
@@ -131,7 +135,7 @@ class ModeSwitch:
         CUDA graphs of the twins read their inputs there.
         """
         if name not in self._buffers:
-            self._buffers[name] = x.new_zeros(self.most_rows, *x.shape[1:])
+            self._buffers[name] = x.new_zeros(self._most_rows, *x.shape[1:])
         rows = self.dims.local_tokens(len(x))
         own = x[self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows]
         buffer = self._buffers[name][:rows]
@@ -146,7 +150,7 @@ class ModeSwitch:
         """
         repeats, rows = self.position_repeats, self.dims.local_tokens(positions.shape[-1])
         if "positions" not in self._buffers:
-            self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self.most_rows * repeats)
+            self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self._most_rows * repeats)
         own = positions[..., self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows]
         own = own.repeat_interleave(repeats, dim=-1)
         buffer = self._buffers["positions"][..., : rows * repeats]

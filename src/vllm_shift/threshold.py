@@ -89,9 +89,10 @@ class TimesCache:
 
     Args:
         vllm_config: the engine's config; its hash covers the model, its shapes, dtype and layout.
+        through_peers: how SP mode exchanges, see ``ModeSwitch``.
     """
 
-    def __init__(self, vllm_config: Any) -> None:
+    def __init__(self, vllm_config: Any, through_peers: bool) -> None:
         from vllm_shift import __version__
 
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
@@ -100,6 +101,7 @@ class TimesCache:
             "tokens": scheduler.max_num_batched_tokens,
             "graphs": [str(compilation.cudagraph_mode), compilation.max_cudagraph_capture_size],
             "device": current_platform.get_device_name(),
+            "through_peers": through_peers,
             "versions": [torch.__version__, __version__],
         }
         name = hashlib.sha256(json.dumps(self._key).encode()).hexdigest()[:16]

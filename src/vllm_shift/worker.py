@@ -81,12 +81,6 @@ class ShiftWorkerMixin(WorkerBase):
             for slots in _all_slots(model):
                 slots.repeat_own()
         self.switch.attach(model, self.vllm_config)
-        if current_platform.is_cuda():
-            # Not at the top: the CPU backend has no Triton.
-            from vllm_shift.peers import connect
-
-            rows = self.switch.most_rows * self.switch.dims.sp
-            self.switch.through_peers = connect(self.switch.sp_group, self.switch.exchanging, rows, self.vllm_config)
         if self.rank == 0:
             logger.info("%s", _describe(self.shift_config, model))
             if copies := [module for module in model.modules() if getattr(module, "second_copy", 0)]:
