@@ -34,7 +34,7 @@ FLAGS = [
     "--tensor-parallel-size", "1", "--ulysses-sequence-parallel-size", "2", "--enable-shift-parallel",
     "--shift-parallel-threshold", "32", "--max-num-batched-tokens", "128", "--block-size", "16",
     # A KV cache of 64 blocks: full soon, so that blocks are evicted and requests preempted all the time.
-    "--num-gpu-blocks-override", "64",
+    "--num-gpu-blocks-override", "64", "--max-model-len", "512",
 ]  # fmt: skip
 
 NAMES = ("API server", "EngineCore", "Worker_TP0", "Worker_TP1", "resource_tracker")
