@@ -182,7 +182,8 @@ def _share_memory(
         return "vLLM's custom all-reduce is off"
     if not custom_all_reduce.fully_connected:
         return "there is no NVLink between all GPUs"
-    if (backend := symmetric_memory.get_backend(group.device)) != "CUDA":
+    # The default, unless set; with another one the barrier may do nothing.
+    if (backend := symmetric_memory.get_backend(group.device)) not in (None, "CUDA"):
         return f"PyTorch's symmetric memory has the backend {backend}"
     compilation: Any = vllm_config.compilation_config
     # Where attention is compiled together with what follows, Inductor would reuse the memory of its inputs.
