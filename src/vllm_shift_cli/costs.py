@@ -275,17 +275,21 @@ def _attention_s(model: ModelShape, world: int, batch: Batch, gpu: Gpu, achieved
     )
 
 
-def _elementwise_s(model: ModelShape, layout: Layout, tokens: int, gpu: Gpu, achieved: Achieved) -> float:
-    """Norms, rotary embedding, the write to the KV cache and the activation of one layer; in SP mode a copy, too."""
+def _elementwise_s(model: ModelShape, layout: Layout, tokens: int, cluster: Cluster, achieved: Achieved) -> float:
+    """Norms, rotary embedding, the write to the KV cache and the activation of one layer; copies of the exchange."""
     own, n = shard(model, layout.world), -(-tokens // layout.sp)
     folded = n * layout.sp
     # Elements read and written: two norms that also add the residual; q, k, v; the cache; gate, up and their product.
     moved = 8 * n * model.hidden + folded * (2 * (own.q + 2 * own.kv) + 4 * own.kv + 3 * own.intermediate)
     kernels = 5
     if layout.sp > 1:
+        # What came back is copied; for NCCL, what goes out is packed, too.
         moved += folded * 2 * own.q
         kernels += 1
-    bandwidth = gpu.hbm_gb_s * 1e9 * achieved.elementwise_bandwidth
+        if not _shares_memory(_group(layout.sp, 1, cluster), cluster):
+            moved += folded * 2 * (own.q + 2 * own.kv)
+            kernels += 1
+    bandwidth = cluster.gpu.hbm_gb_s * 1e9 * achieved.elementwise_bandwidth
     return kernels * achieved.kernel_s + moved * model.element_bytes / bandwidth
 
 
@@ -306,6 +310,11 @@ def _latency(group: _Group, achieved: Achieved) -> float:
     return achieved.nccl_s + achieved.network_s * math.log2(group.hosts)
 
 
+def _shares_memory(group: _Group, cluster: Cluster) -> bool:
+    """Whether kernels of vLLM and of this package take the place of NCCL's."""
+    return group.hosts == 1 and cluster.gpu.nvlink
+
+
 def _bandwidths(cluster: Cluster, achieved: Achieved) -> tuple[float, float]:
     """Bytes a second inside a host and between hosts."""
     return cluster.gpu.link_gb_s * 1e9 * achieved.link, cluster.network_gb_s * 1e9 * achieved.link
@@ -319,8 +328,8 @@ def all_reduce_s(size: float, ranks: int, stride: int, cluster: Cluster, achieve
     link, network = _bandwidths(cluster, achieved)
     inside = 2 * (group.on_host - 1) / group.on_host * size / link
     across = 2 * (group.hosts - 1) / group.hosts * size / group.on_host / network
-    own_kernel = group.hosts == 1 and cluster.gpu.nvlink
-    return (achieved.all_reduce_s if own_kernel else _latency(group, achieved)) + inside + across
+    latency = achieved.all_reduce_s if _shares_memory(group, cluster) else _latency(group, achieved)
+    return latency + inside + across
 
 
 def all_gather_s(size: float, ranks: int, cluster: Cluster, achieved: Achieved = ACHIEVED) -> float:
@@ -339,11 +348,11 @@ def all_to_all_s(size: float, ranks: int, cluster: Cluster, achieved: Achieved =
     if ranks == 1:
         return 0.0
     group = _group(ranks, 1, cluster)
-    own_kernel = group.hosts == 1 and cluster.gpu.nvlink
     link, network = _bandwidths(cluster, achieved)
     inside = (group.on_host - 1) / ranks * size / link
     across = (ranks - group.on_host) / ranks * size / network
-    return (achieved.exchange_s if own_kernel else _latency(group, achieved)) + inside + across
+    latency = achieved.exchange_s if _shares_memory(group, cluster) else _latency(group, achieved)
+    return latency + inside + across
 
 
 def exchange_bytes(model: ModelShape, layout: Layout, tokens: int) -> tuple[int, int]:
@@ -400,7 +409,7 @@ def step_time(
     return StepTime(
         matmul=model.layers * layer_matmul_s(model, layout, tokens, gpu, achieved),
         attention=model.layers * _attention_s(model, world, batch, gpu, achieved),
-        elementwise=model.layers * _elementwise_s(model, layout, tokens, gpu, achieved),
+        elementwise=model.layers * _elementwise_s(model, layout, tokens, cluster, achieved),
         communication=model.layers * (2 * reduced + exchanged) + once,
         rest=head + achieved.step_s,
         host=achieved.host_s + batch.requests * achieved.host_request_s,
