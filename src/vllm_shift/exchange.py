@@ -55,7 +55,7 @@ def _all_to_all(x: torch.Tensor, group_name: str) -> torch.Tensor:
     return received
 
 
-def _all_to_all_fake(x: torch.Tensor, group_name: str) -> torch.Tensor:
+def _same_shape_fake(x: torch.Tensor, group_name: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
@@ -71,17 +71,13 @@ def _peers_heads_to_tokens(x: torch.Tensor, group_name: str) -> torch.Tensor:
     return _peers[_groups[group_name]].heads_to_tokens(x)
 
 
-def _peers_heads_to_tokens_fake(x: torch.Tensor, group_name: str) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
 _library = torch.library.Library("vllm_shift", "FRAGMENT")  # type: ignore[no-untyped-call]
-direct_register_custom_op("all_to_all", _all_to_all, fake_impl=_all_to_all_fake, target_lib=_library)
+direct_register_custom_op("all_to_all", _all_to_all, fake_impl=_same_shape_fake, target_lib=_library)
 direct_register_custom_op(
     "peers_tokens_to_heads", _peers_tokens_to_heads, fake_impl=_peers_tokens_to_heads_fake, target_lib=_library
 )
 direct_register_custom_op(
-    "peers_heads_to_tokens", _peers_heads_to_tokens, fake_impl=_peers_heads_to_tokens_fake, target_lib=_library
+    "peers_heads_to_tokens", _peers_heads_to_tokens, fake_impl=_same_shape_fake, target_lib=_library
 )
 
 
