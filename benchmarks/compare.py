@@ -27,6 +27,7 @@ from typing import Any
 
 from engines import SHAPES, write_config
 
+from vllm_shift_cli.replay.client import Outcome
 from vllm_shift_cli.replay.generate import bursty, generate
 from vllm_shift_cli.replay.report import latencies, make_report
 from vllm_shift_cli.replay.run import Options, replay
@@ -212,16 +213,14 @@ def run_workload(workload: Workload, seed: int) -> dict[str, Any]:
     """
     trace = workload.trace
     batches = [[request] for request in trace] if workload.in_turn else [trace[:4], trace]
-    results = [
-        asyncio.run(replay(batch, Options(URL, seed=seed + number, timeout=900)))
-        for number, batch in enumerate(batches)
-    ]  # fmt: skip
-    result = results[-1]
-    if workload.in_turn:
-        result.outcomes = [outcome for each in results for outcome in each.outcomes]
-    report = make_report(result, len(result.outcomes), {})
-    if failures := report["summary"]["failures"]:
-        raise RuntimeError(f"requests failed: {failures}")
+    outcomes: list[Outcome] = []
+    for number, batch in enumerate(batches):
+        result = asyncio.run(replay(batch, Options(URL, seed=seed + number, timeout=900)))
+        if workload.in_turn:
+            result.outcomes = outcomes = [*outcomes, *result.outcomes]
+        report = make_report(result, len(result.outcomes), {})
+        if result.failed:
+            raise RuntimeError(f"{result.failed} requests failed: {report['summary']['failures']}")
     return report
 
 
