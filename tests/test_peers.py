@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_exchange import tagged
+from test_exchange import SimpleGroup, tagged
 
 from vllm_shift import exchange
 from vllm_shift.compiled import config_of_twin
@@ -28,14 +28,7 @@ def peers(monkeypatch):
     return peers
 
 
-class Group(SimpleNamespace):
-    """The part of vLLM's GroupCoordinator that is used."""
-
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
-
-
-def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[Group]:
+def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[SimpleGroup]:
     """The group of each rank with its ``PeerMemory``, in memory of this process; ranks do not wait for each other."""
     calls, places = count(), [torch.full((2, 1000), float("nan")) for _ in range(sp)]
 
@@ -50,7 +43,7 @@ def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[Group
     monkeypatch.setattr(peers.symmetric_memory, "empty", empty)
     monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
     groups = [
-        Group(
+        SimpleGroup(
             world_size=sp, rank_in_group=rank, device="cpu", device_group=SimpleNamespace(group_name=rank),
             unique_name=f"rank {rank}",
         )
@@ -120,7 +113,7 @@ def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
     )
     monkeypatch.setattr(peers.logger, "info", lambda line, *args: lines.append(line % args))
     device_group = SimpleNamespace(group_name="sp")
-    group = Group(
+    group = SimpleGroup(
         world_size=1, rank_in_group=0, rank=0, first_rank=0, ranks=[0], device="cpu", cpu_group=None,
         device_group=device_group,
     )  # fmt: skip
