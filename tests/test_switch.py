@@ -98,6 +98,18 @@ def test_inputs_stay_where_cuda_graphs_read_them(make):
     assert len({(ids.data_ptr(), positions.data_ptr()) for ids, positions, _ in model.calls}) == 1
 
 
+def test_positions_of_several_dimensions_are_never_contiguous(make):
+    # Of contiguous rows in the largest step, torch.compile would take those of smaller steps to be contiguous.
+    _, model = make(2, 1, 0)
+    for num_tokens in (64, 9):
+        positions = torch.arange(num_tokens).repeat(3, 1)
+        model(input_ids=torch.arange(num_tokens), positions=positions)
+    (_, largest, _), (_, smaller, _) = model.calls
+    assert not largest.is_contiguous()
+    assert largest.stride() == smaller.stride()
+    assert torch.equal(smaller[0], torch.tensor([5, 5, 6, 6, 7, 7, 8, 8, 0, 0]))
+
+
 class GathersOnly(nn.Module):
     """Keeps its place for attention that SP mode cannot divide; compares rows, as DeepSeek-V2's code does."""
 

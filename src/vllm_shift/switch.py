@@ -150,7 +150,9 @@ class ModeSwitch:
         """
         repeats, rows = self.position_repeats, self.dims.local_tokens(positions.shape[-1])
         if "positions" not in self._buffers:
-            self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self._most_rows * repeats)
+            # One more than needed, as in vLLM's model runners: torch.compile traces with the largest step, and would
+            # take rows of several dimensions for contiguous ones in smaller steps, too.
+            self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self._most_rows * repeats + 1)
         own = positions[..., self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows]
         own = own.repeat_interleave(repeats, dim=-1)
         buffer = self._buffers["positions"][..., : rows * repeats]
