@@ -1,11 +1,12 @@
 """Tiny random checkpoints of each supported architecture, made with transformers."""
 
+import json
 from pathlib import Path
 
 import torch
 import transformers
 from PIL.Image import Image, fromarray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 # Head size 32 is the least that vLLM's CPU attention takes. With P = 4 the 2 KV heads are replicated.
@@ -131,6 +132,53 @@ def image(number: int) -> Image:
     """A picture of noise, 84 x 84."""
     generator = torch.Generator().manual_seed(number)
     return fromarray(torch.randint(0, 256, (84, 84, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def make_adapter(folder: Path, seed: int) -> Path:
+    """Write a random LoRA adapter for every linear layer and the embedding of these models, in the layout of peft."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, heads = SHAPE["hidden_size"], SHAPE["num_attention_heads"] * SHAPE["head_dim"]
+    kv_heads, inner = SHAPE["num_key_value_heads"] * SHAPE["head_dim"], SHAPE["intermediate_size"]
+    shapes = {
+        "self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (kv_heads, hidden),
+        "self_attn.v_proj": (kv_heads, hidden), "self_attn.o_proj": (hidden, heads),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    rank = 8
+    weights = {}
+    for layer in range(SHAPE["num_hidden_layers"]):
+        for name, (outputs, inputs) in shapes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * 0.1
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.1
+    prefix = "base_model.model.model.embed_tokens"
+    weights[f"{prefix}.lora_embedding_A"] = torch.randn(rank, SHAPE["vocab_size"], generator=generator) * 0.1
+    weights[f"{prefix}.lora_embedding_B"] = torch.randn(hidden, rank, generator=generator) * 0.1
+    path = folder / f"adapter-{seed}"
+    path.mkdir()
+    save_file(weights, path / "adapter_model.safetensors")
+    modules = [name.split(".")[1] for name in shapes]
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [*modules, "embed_tokens"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def merge_adapter(model: torch.nn.Module, path: Path) -> None:
+    """Add what such an adapter stands for to the weights of a model."""
+    weights, config = (
+        load_file(path / "adapter_model.safetensors"),
+        json.loads((path / "adapter_config.json").read_text()),
+    )
+    scale, parameters = config["lora_alpha"] / config["r"], dict(model.named_parameters())
+    with torch.no_grad():
+        for name, a in weights.items():
+            if name.endswith("lora_A.weight"):
+                change = weights[name.replace("lora_A", "lora_B")] @ a
+            elif name.endswith("lora_embedding_A"):
+                change = (weights[name.removesuffix("A") + "B"] @ a).T
+            else:
+                continue
+            parameters[f"{name.removeprefix('base_model.model.').split('.lora')[0]}.weight"].add_(scale * change)
 
 
 def prompts() -> list[list[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
@@ -45,7 +46,7 @@ def gathered_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _needs_all_tokens(module: nn.Module) -> bool:
     if isinstance(module, _CLASSES):
         return True
-    if isinstance(module, LinearBase | VocabParallelEmbedding | Attention):
+    if isinstance(module, LinearBase | VocabParallelEmbedding | Attention | BaseLayerWithLoRA):
         return False  # these have a way of their own to run in SP mode
     layers = sum(isinstance(child, AttentionLayerBase) for child in module.modules())
     if layers > 1:

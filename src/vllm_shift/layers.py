@@ -97,6 +97,8 @@ class _SlottedLinear(Slotted, LinearBase):
         # A quantized layer has these instead of slots: its TP=T weight, and bytes of its TP=P weight if that is apart.
         self.whole: WholeLinear | None = None
         self.second_copy = 0
+        # Adds LoRA to what comes out in SP mode (lora.py).
+        self.adapters: Any = None
 
     def _make_slots(self, column: bool) -> None:
         if type(self.quant_method) is UnquantizedLinearMethod:
@@ -123,8 +125,14 @@ class _SlottedLinear(Slotted, LinearBase):
     def _slots(self, param: nn.Parameter, dim: int) -> Slots:
         return Slots(param, dim, self.switch.dims, self._impersonate)
 
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x``, folded or not, times the weight of all slots; with LoRA, if there is."""
+        out = self._matmul(x, bias)
+        if self.adapters is not None:
+            self.adapters.add(x, out)
+        return out
+
     def _matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x``, folded or not, times the weight of all slots."""
         if self.whole is not None:
             return self.whole.apply(x, bias)
         whole = self.weight_slots.whole
@@ -156,7 +164,7 @@ class _SlottedColumn(_SlottedLinear, ColumnParallelLinear):
         """In SP mode: ``input_`` [n, in] gives [n*S, out/P]; else vLLM's own forward."""
         if not self.runs_in_sp():
             return super().forward(input_)
-        out = self._matmul(input_, self._whole_bias())
+        out = self._product(input_, self._whole_bias())
         out = out.view(-1, out.shape[-1] // self.switch.dims.sp)
         return (out, None) if self.return_bias else out
 
@@ -191,7 +199,7 @@ class SlottedRowParallelLinear(_SlottedLinear, RowParallelLinear):
         bias = self.bias if self.whole is None else self.whole.bias
         if self.switch.dims.tp_rank > 0 or self.skip_bias_add:
             bias = None
-        out = self.switch.all_reduce_tp(self._matmul(input_, bias))
+        out = self.switch.all_reduce_tp(self._product(input_, bias))
         if not self.return_bias:
             return out
         return out, self.bias if self.skip_bias_add else None

@@ -35,6 +35,7 @@ class ModeSwitch:
         in_sp: whether the step that runs is in SP mode.
         eager: run the modules as they are, in both modes, instead of what is compiled for them.
         through_peers: exchange through each other's memory, see ``peers.py``.
+        own_tokens: LoRA adapters of this rank's tokens, see ``lora.py``; None without LoRA.
         position_repeats: rows of ``positions`` a token in SP mode: S for rotary embedding of folded views, 1 where no
             attention layer has them (code like DeepSeek-V2's compares these rows with those of hidden states).
     """
@@ -50,6 +51,7 @@ class ModeSwitch:
         self.sp_group, self._tp_group = sp_group, tp_group
         self._group_name = register_group(sp_group)
         self.in_sp = self.eager = self.through_peers = False
+        self.own_tokens: Any = None
 
     def is_sp_step(self, num_tokens: int) -> bool:
         """Whether a step of this many tokens runs in SP mode."""
@@ -122,6 +124,8 @@ class ModeSwitch:
             else:
                 raise NotImplementedError(f"{type(model).__name__} takes {name}, which SP mode does not know")
         self.in_sp, self._num_tokens = True, num_tokens
+        if self.own_tokens is not None:
+            self.own_tokens.take(num_tokens)
         if self._twins and not self.eager:
             self._twins.swap_in()
         else:

@@ -19,6 +19,7 @@ from vllm_shift.failure import describe_failure
 from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting
 from vllm_shift.limits import TESTED
+from vllm_shift.lora import attach_adapters
 from vllm_shift.metrics import open_counts
 from vllm_shift.owner import end_with_owner
 from vllm_shift.self_check import SelfCheck
@@ -80,6 +81,8 @@ class ShiftWorkerMixin(WorkerBase):
         if self.vllm_config.load_config.load_format == "dummy":
             for slots in _all_slots(model):
                 slots.repeat_own()
+        if self.vllm_config.lora_config is not None:
+            attach_adapters(model, self.switch, self.vllm_config.lora_config)
         self.switch.attach(model, self.vllm_config)
         if self.rank == 0:
             logger.info("%s", _describe(self.shift_config, model))

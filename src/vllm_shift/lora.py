@@ -1,0 +1,187 @@
+"""LoRA adapters in SP mode: on this rank's tokens, with adapters for all slots of its SP group.
+
+vLLM puts a layer of its own around each layer of the model, which adds B A x of the adapter that a token's request
+names. Around a layer with slots there is one of them for each slot, filled by vLLM as if it were on the rank that the
+slot belongs to. The outputs of a column-parallel layer's slots lie side by side, so their Bs are so many slices of one
+product; a row-parallel layer's As take the slots' inputs side by side. Which token has which adapter is known for all
+tokens of a step; in SP mode a rank needs it of its own.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.lora.layers import BaseLayerWithLoRA, ReplicatedLinearWithLoRA, VocabParallelEmbeddingWithLoRA
+
+from vllm_shift.dims import ParallelDims
+from vllm_shift.gathered import gathered_modules
+from vllm_shift.layers import Slotted, SlottedRowParallelLinear
+
+
+class OwnTokens:
+    """The adapters of this rank's tokens, for vLLM's LoRA kernels.
+
+    Args:
+        stock: vLLM's ``PunicaWrapperBase`` of all tokens.
+        dims: the rank's place.
+
+    Attributes:
+        punica: the same for this rank's tokens.
+    """
+
+    def __init__(self, stock: Any, dims: ParallelDims) -> None:
+        self._stock, self._dims, self.punica = stock, dims, copy.copy(stock)
+        self.punica._embeddings_indices = torch.zeros_like(stock._embeddings_indices)
+        self._has_kernels = hasattr(stock, "token_mapping_meta")  # those for CUDA, not those in PyTorch for the CPU
+        if self._has_kernels:
+            meta = stock.token_mapping_meta
+            # What is the same for all tokens stays shared: ids of the adapters in use, and numbers on the CPU.
+            own = {
+                name: torch.zeros_like(getattr(meta, name))
+                for name in (
+                    "token_lora_mapping", "token_indices_sorted_by_lora_ids", "num_tokens_per_lora",
+                    "lora_token_start_loc",
+                )
+            }  # fmt: skip
+            self.punica.token_mapping_meta = dataclasses.replace(meta, **own)
+            return
+        self.punica._token_lora_indices = torch.empty_like(stock._token_lora_indices)
+        for name in ("_seq_start_locs", "_seq_lengths", "_lora_indices_per_batch"):
+            # Padding may be a batch more.
+            setattr(self.punica, name, torch.empty(len(getattr(stock, name)) + 1, dtype=torch.long))
+
+    def take(self, num_tokens: int) -> None:
+        """Of a step of so many tokens. CUDA graphs record it: it neither waits for the device nor allocates sizes."""
+        rows = self._dims.local_tokens(num_tokens)
+        own = slice(self._dims.sp_rank * rows, (self._dims.sp_rank + 1) * rows)
+        indices = self._stock._embeddings_indices[:, own]
+        self.punica._embeddings_indices[:, : indices.shape[1]].copy_(indices)
+        if self._has_kernels:
+            self._take_for_kernels(own, rows)
+        else:
+            found = self._stock.token_lora_indices[own]
+            self.punica._token_lora_indices[:rows].fill_(-1)
+            self.punica._token_lora_indices[: len(found)].copy_(found)
+            self.punica.indices_len = [rows, *self._stock.indices_len[1:]]
+            self.punica._update_prefill_metadata(self.punica.token_lora_indices)
+            self.punica.is_prefill = self._stock.is_prefill
+
+    def _take_for_kernels(self, own_rows: slice, rows: int) -> None:
+        """As vLLM's ``LoRAKernelMeta.prepare_tensors``, on the device."""
+        stock, own = self._stock.token_mapping_meta, self.punica.token_mapping_meta
+        if stock.no_lora_flag_cpu.item():
+            return
+        found, mapping = stock.token_lora_mapping[own_rows], own.token_lora_mapping[:rows]
+        mapping.fill_(-1)
+        mapping[: len(found)].copy_(found)
+        own.token_indices_sorted_by_lora_ids[:rows].copy_(torch.argsort(mapping, stable=True))
+        ids = stock.active_lora_ids.unsqueeze(1)
+        own.num_tokens_per_lora.copy_((mapping == ids).sum(1))
+        own.lora_token_start_loc[:-1].copy_((mapping < ids).sum(1))
+
+
+class _OwnTokensLayer(BaseLayerWithLoRA):
+    """One of vLLM's LoRA layers whose weights are the same on all ranks, on this rank's tokens in SP mode."""
+
+    base_layer: Any
+
+    @property
+    def punica_wrapper(self) -> Any:
+        """Of the tokens of the mode that runs."""
+        return self.own_tokens.punica if self.switch.in_sp else self.stock_punica
+
+
+class _SlottedLayer(BaseLayerWithLoRA):
+    """One of vLLM's LoRA layers around a layer with slots."""
+
+    base_layer: Any
+
+    def forward(self, input_: torch.Tensor) -> Any:
+        """In SP mode the layer itself, which adds the adapters; else vLLM's own forward."""
+        return self.base_layer(input_) if self.base_layer.runs_in_sp() else super().forward(input_)
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """As stock, for every slot."""
+        super().set_lora(index, lora_a, lora_b)
+        for each in self.other_slots:
+            each.set_lora(index, lora_a, lora_b)
+
+    def reset_lora(self, index: int) -> None:
+        """As stock, for every slot."""
+        super().reset_lora(index)
+        for each in self.other_slots:
+            each.reset_lora(index)
+
+
+class SlotAdapters:
+    """Adds all slots' adapters to the output of a layer.
+
+    Args:
+        layer: vLLM's LoRA layer around a layer with slots; becomes one that fills all slots.
+        own_tokens: of the step that runs.
+        max_loras: adapters at a time.
+        lora_config: vLLM's.
+    """
+
+    def __init__(self, layer: Any, own_tokens: OwnTokens, max_loras: int, lora_config: Any) -> None:
+        base, dims = layer.base_layer, layer.base_layer.switch.dims
+        self._own_tokens = own_tokens
+        is_row = isinstance(base, SlottedRowParallelLinear)
+        others = []
+        for shard in dims.slots:
+            if shard == dims.rank and not is_row:
+                others.append(layer)
+                continue
+            base._impersonate(shard)
+            other = type(layer)(base)
+            other.create_lora_weights(max_loras, lora_config)
+            others.append(other)
+        base._impersonate(dims.rank)
+        if is_row:
+            (a,) = layer.lora_a_stacked
+            whole = a.new_zeros(*a.shape[:-1], dims.sp * a.shape[-1])
+            for other, part in zip(others, whole.split(a.shape[-1], dim=-1), strict=True):
+                other.lora_a_stacked, other.lora_b_stacked = (part,), layer.lora_b_stacked
+            self._a, self._b, self._slices = (whole,), layer.lora_b_stacked, layer.output_slices
+        else:
+            for other in others:
+                other.lora_a_stacked = layer.lora_a_stacked
+            self._a = layer.lora_a_stacked * dims.sp
+            self._b = tuple(b for other in others for b in other.lora_b_stacked)
+            self._slices = layer.output_slices * dims.sp
+        layer.other_slots = tuple(other for other in others if other is not layer)
+
+    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Change ``output`` [n, outputs of all slots] in place; ``x`` [n, inputs] or folded."""
+        x = x.reshape(len(output), -1)
+        self._own_tokens.punica.add_lora_linear(output, x, self._a, self._b, 1.0, self._slices)
+
+
+def attach_adapters(model: nn.Module, switch: Any, lora_config: Any) -> None:
+    """Let the LoRA layers that vLLM has put into a model work in SP mode.
+
+    Args:
+        model: the model.
+        switch: the ``ModeSwitch``; its ``own_tokens`` are told of each step of SP mode.
+        lora_config: vLLM's.
+    """
+    inside = {child for _, module in gathered_modules(model) for child in module.modules()}
+    for layer in list(model.modules()):
+        if not isinstance(layer, BaseLayerWithLoRA) or layer in inside:
+            continue
+        base: Any = getattr(layer, "base_layer", None)
+        everywhere = isinstance(layer, ReplicatedLinearWithLoRA | VocabParallelEmbeddingWithLoRA)
+        if not everywhere and not (isinstance(base, Slotted) and base.shifts):
+            continue  # of the LM head, which runs as in TP mode
+        if switch.own_tokens is None:
+            switch.own_tokens = OwnTokens(layer.punica_wrapper, switch.dims)
+        kind: Any = _OwnTokensLayer if everywhere else _SlottedLayer
+        if everywhere:
+            layer.switch, layer.own_tokens, layer.stock_punica = switch, switch.own_tokens, layer.punica_wrapper
+            del layer.punica_wrapper
+        else:
+            base.adapters = SlotAdapters(layer, switch.own_tokens, lora_config.max_loras, lora_config)
+        # As torch.distributed.fsdp.fully_shard extends a module: by a class of its own.
+        layer.__class__ = type(f"Shift{type(layer).__name__}", (kind, type(layer)), {})
