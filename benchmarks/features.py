@@ -71,6 +71,9 @@ def job_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.names != ["tokens"]:
         features |= test_features.features(model, folder)
         features["eagle3"] = test_features.speculative(method="eagle3", model=str(tiny.make_drafter("eagle3", folder)))
+        features["sleep"] = {"ask": "sleeps", "args": {}, "ours": {"enable_sleep_mode": True}}
+        experts = {"model": str(tiny.make_checkpoint("mixtral", folder)), "enable_expert_parallel": True}
+        features["expert parallelism"] = {"ask": "tokens", "args": experts}
     common = test_features.common(model) | shared_gpu.engine_args(args.own_gpus)
     common |= {"enforce_eager": args.eager, "dtype": args.dtype}
     del common["block_size"]
@@ -80,6 +83,7 @@ def job_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder), "checkpoints": [model, str(tiny.make_checkpoint("llama", folder / "other", seed=1))],
         "sp": 2, "tp": 1, "start_threshold": args.threshold, "thresholds": [args.threshold], "common": common,
+        "adapters": [str(tiny.make_adapter(folder, seed)) for seed in range(4)],
         "prompts": test_features.prompts(), "features": [{"name": name} | features[name] for name in args.names],
     }  # fmt: skip
 
@@ -106,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "names", nargs="+", metavar="feature",
-        help="tokens, eagle3, or one of tests/test_features.py, such as ngram or 'KV connector'",
+        help="tokens, eagle3, sleep, 'expert parallelism', or one of tests/test_features.py, such as 'KV connector'",
     )  # fmt: skip
     tiny.MORE_CONFIGS.update(CUDA_MODELS)
     parser.add_argument("--model", default="llama", choices=tiny.CONFIGS | tiny.MORE_CONFIGS)

@@ -20,6 +20,7 @@ from rank_main import generate
 from safetensors.torch import load_file
 from vllm import LLM, PoolingParams, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
@@ -68,10 +69,10 @@ def embeds(llm: Any, job: dict[str, Any]) -> Any:
     return greedy(llm, prompts)
 
 
-def greedy(llm: Any, prompts: list[Any]) -> Any:
+def greedy(llm: Any, prompts: list[Any], **kwargs: Any) -> Any:
     params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=1, ignore_eos=True)
     results = []
-    for output in llm.generate(prompts, params, use_tqdm=False):
+    for output in llm.generate(prompts, params, use_tqdm=False, **kwargs):
         ids = list(output.outputs[0].token_ids)
         logprobs = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, ids, strict=True)]
         results.append({"tokens": ids, "numbers": logprobs})
@@ -99,6 +100,20 @@ def images(llm: Any, job: dict[str, Any]) -> Any:
     return greedy(llm, prompts)
 
 
+def adapters(llm: Any, job: dict[str, Any]) -> Any:
+    """Prompts with different LoRA adapters and without one in the same batch; then others in the place of the first."""
+    prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    requests = [LoRARequest(path, number + 1, path) for number, path in enumerate(job["adapters"])]
+    first, second = [None, *requests[:2]], requests[2:]
+    results = []
+    for chosen in (first, second, first):
+        chosen = (chosen * len(prompts))[: len(prompts)]
+        results += greedy(llm, prompts, lora_request=chosen)
+        for number in {request.lora_int_id for request in chosen if request}:
+            llm.llm_engine.remove_lora(number)
+    return results
+
+
 def stored(llm: Any, job: dict[str, Any]) -> Any:
     """Prompts whose KV cache a connector stores, and again when only the connector has it."""
     store = Path(job["folder"]) / "store" / os.environ["RANK"]
@@ -120,6 +135,27 @@ def reloads(llm: Any, job: dict[str, Any]) -> Any:
         llm.reset_prefix_cache()
         results += tokens(llm, job)
     return results
+
+
+def sleeps(llm: Any, job: dict[str, Any]) -> Any:
+    """Before sleep, after sleep of level 1, which keeps the weights, and of level 2, after which they are loaded again.
+
+    Stock vLLM stays awake: its allocator for sleep mode serves one engine of a process.
+    """
+    rpc = llm.llm_engine.collective_rpc
+    results = tokens(llm, job)
+    if not llm.llm_engine.model_config.enable_sleep_mode:
+        return 3 * results
+    llm.sleep(level=1)
+    llm.wake_up()
+    rpc(rank_main.zero_kv_caches)
+    results += tokens(llm, job)
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    rpc(reload_weights, args=(job["checkpoints"][0],))
+    llm.wake_up(tags=["kv_cache"])
+    rpc(rank_main.zero_kv_caches)
+    return results + tokens(llm, job)
 
 
 def spoil_weights(worker: Any) -> None:
@@ -163,6 +199,7 @@ def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("vllm.vllm_shift").addHandler(handler)
+    ours |= feature.get("ours", {})
     llm = LLM(**job["common"] | {"tensor_parallel_size": size} | feature["args"] | (ours if stock_caches else {}))
     logging.getLogger("vllm.vllm_shift").removeHandler(handler)
     rpc = llm.llm_engine.collective_rpc

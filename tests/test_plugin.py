@@ -152,7 +152,7 @@ BAD = [
     ({"shift_parallel_threshold": -5}, "at least 0, or 'auto', got -5"),
     ({"shift_parallel_threshold": "many"}, "got 'many'"),
     ({"pipeline_parallel_size": 2}, r"pipeline parallelism with executors .*\(mp\): tried with external_launcher only"),
-    ({"enable_lora": True}, "LoRA: leave out --enable-lora"),
+    ({"enable_lora": True, "fully_sharded_loras": True}, "fully sharded LoRA: leave out --fully-sharded-loras"),
     ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, r"speculative decoding other than .*\(ngram_gpu\): use"),
     ({"speculative_config": NGRAM, "pipeline_parallel_size": 2}, "pipeline parallelism together with speculative"),
     ({"quantization": "experts_int8"}, r"quantization methods other than FP8, .* \(experts_int8\)"),
@@ -198,18 +198,19 @@ def everything_unsupported(name):
     model = SimpleNamespace(
         is_multimodal_model=True, is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
         using_transformers_backend=lambda: True, quantization="gguf", model_impl="terratorch",
-        enable_sleep_mode=True, architecture="FalconForCausalLM",
+        architecture="FalconForCausalLM",
     )  # fmt: skip
     speculative = SimpleNamespace(method="medusa", uses_dynamic_speculative_decoding=lambda: True)
     sizes = ("pipeline", "data", "prefill_context", "decode_context")
     engine = SimpleNamespace(
         parallel_config=SimpleNamespace(
-            **{f"{size}_parallel_size": 2 for size in sizes}, enable_expert_parallel=True, use_ubatching=True,
+            **{f"{size}_parallel_size": 2 for size in sizes}, enable_eplb=True, use_ubatching=True,
             distributed_executor_backend="uni",
         ),
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True), mode=1),
-        lora_config=1, speculative_config=speculative, weight_transfer_config=SimpleNamespace(backend="sparse_nccl"),
-        cache_config=SimpleNamespace(cache_dtype="fp8"),
+        lora_config=SimpleNamespace(fully_sharded_loras=True), speculative_config=speculative,
+        weight_transfer_config=SimpleNamespace(backend="sparse_nccl"),
+        cache_config=SimpleNamespace(cache_dtype="fp8_e5m2", calculate_kv_scales=True),
         offload_config=SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=4), prefetch=None),
         load_config=SimpleNamespace(load_format="gguf"),
         device_config=SimpleNamespace(device_type="xpu"),
@@ -235,7 +236,8 @@ def test_what_was_tried_on_the_cpu_only_is_refused_on_cuda():
     ids=["model", "unchecked", "engine"],
 )
 def test_every_row_of_the_table_refuses(table, name, monkeypatch):
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    for variable in ("VLLM_BATCH_INVARIANT", "VLLM_LORA_ENABLE_DUAL_STREAM"):
+        monkeypatch.setenv(variable, "1")
     config = everything_unsupported(name)
     for limit in table:
         if name == "engine":

@@ -48,6 +48,8 @@ QUANTIZATIONS = (
     "gptq_marlin",
 )
 
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3")
+
 # A draft model of any of these runs in TP mode only.
 SPECULATIVE_METHODS = ("ngram", "eagle", "eagle3", "draft_model")
 
@@ -123,7 +125,6 @@ MODEL_LIMITS = (
         _foreign_implementation,
         "use a model that vLLM implements itself, and leave --model-impl at auto",
     ),
-    Limit("sleep mode", lambda model: model.enable_sleep_mode, "leave out --enable-sleep-mode"),
 )
 
 # Without the self-check at start-up.
@@ -165,9 +166,7 @@ ENGINE_LIMITS = (
     Limit("prefill context parallelism", _above_one("prefill_context_parallel_size"), "leave out its flag"),
     Limit("decode context parallelism", _above_one("decode_context_parallel_size"), "leave out its flag"),
     Limit(
-        "expert parallelism",
-        lambda config: config.parallel_config.enable_expert_parallel,
-        "leave out --enable-expert-parallel",
+        "expert parallel load balancing", lambda config: config.parallel_config.enable_eplb, "leave out --enable-eplb"
     ),
     Limit("dual batch overlap", lambda config: config.parallel_config.use_ubatching, "leave out --enable-dbo"),
     Limit(
@@ -185,7 +184,28 @@ ENGINE_LIMITS = (
         lambda config: envs.VLLM_BATCH_INVARIANT,
         "unset VLLM_BATCH_INVARIANT: sums are rounded differently in the two modes",
     ),
-    Limit("LoRA", lambda config: config.lora_config is not None, "leave out --enable-lora"),
+    Limit(
+        "LoRA of mixture-of-experts, multimodal or quantized models",
+        lambda config: (
+            config.lora_config
+            and (
+                config.model_config.is_moe
+                or config.model_config.is_multimodal_model
+                or config.model_config.quantization
+            )
+        ),
+        "leave out --enable-lora, or merge the adapter into the checkpoint",
+    ),
+    Limit(
+        "fully sharded LoRA",
+        lambda config: config.lora_config and config.lora_config.fully_sharded_loras,
+        "leave out --fully-sharded-loras",
+    ),
+    Limit(
+        "LoRA on a second stream",
+        lambda config: config.lora_config and envs.VLLM_LORA_ENABLE_DUAL_STREAM,
+        "unset VLLM_LORA_ENABLE_DUAL_STREAM",
+    ),
     Limit(
         "speculative decoding other than n-gram, EAGLE, EAGLE-3 and draft models",
         lambda config: config.speculative_config and _not_in(config.speculative_config.method, SPECULATIVE_METHODS),
@@ -202,9 +222,14 @@ ENGINE_LIMITS = (
         "use one of the two",
     ),
     Limit(
-        "a quantized KV cache",
-        lambda config: _not_in(config.cache_config.cache_dtype, ("auto", "bfloat16", "float16", "float32")),
-        "leave --kv-cache-dtype at auto, or where a checkpoint sets it, set it to bfloat16",
+        "KV caches quantized otherwise than to FP8",
+        lambda config: _not_in(config.cache_config.cache_dtype, CACHE_DTYPES),
+        f"use one of --kv-cache-dtype {', '.join(CACHE_DTYPES)}",
+    ),
+    Limit(
+        "scales of a KV cache computed from the first step",
+        lambda config: config.cache_config.calculate_kv_scales,
+        "leave out --calculate-kv-scales: scales are those of the checkpoint, or 1",
     ),
     Limit(
         "weight offloading",

@@ -22,6 +22,7 @@ from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
@@ -133,7 +134,11 @@ class SelfCheck:
         model_config = worker.model_config
         self._dtype, self._layers = model_config.dtype, model_config.get_total_num_hidden_layers()
         self._share = MOE_SHARE if model_config.is_moe and self._dtype != torch.float32 else 0.0
-        self._quantizes = quantizes_inputs(worker.model_runner.get_model())
+        # Of values that are stored as bytes.
+        self._cache_dtype: torch.dtype | None = None
+        if is_quantized_kv_cache(worker.cache_config.cache_dtype):
+            self._cache_dtype = current_platform.fp8_dtype()
+        self._quantizes = quantizes_inputs(worker.model_runner.get_model()) or self._cache_dtype is not None
         if self._quantizes:
             # Half of one rank's tokens, so that a bug of one rank shows.
             self._share = max(self._share, min(QUANTIZED_SHARE, 0.5 / self._switch.dims.sp))
@@ -191,8 +196,8 @@ class SelfCheck:
         with self._mode(threshold or _EVERYTHING, eager=not threshold):
             reference = self._process(lengths, threshold or _EVERYTHING)
             cache = [(place, x.cpu()) for place, x in self._read_cache(lengths)]
-        # Compiled code rounds otherwise than eager code, so quantized inputs differ from layer 0 on.
-        layers_before = int(self._quantizes and not threshold)
+        # Compiled code rounds otherwise than eager code, and a quantized KV cache is so in layer 0, too.
+        layers_before = int(not threshold or self._cache_dtype is not None)
         differences = self._compare(lengths, reference, self._process(lengths, _EVERYTHING), cache, layers_before)
         first = _agree(next((difference for difference in differences if difference.fails), None))
         if first is not None:
@@ -347,6 +352,8 @@ class SelfCheck:
             if context[name] not in own:
                 continue  # of a draft model, which has one mode only
             found = cache.index_select(0, numbers)
+            if self._cache_dtype is not None:
+                found = found.view(self._cache_dtype).float()
             # Attention backends store [blocks, heads, block size, key and value].
             for part in found.chunk(2, dim=-1) if found.dim() == 4 else [found]:
                 yield name, part
@@ -448,7 +455,7 @@ def allowed_error(dtype: torch.dtype, layer: int, quantizes: bool = False) -> fl
     Args:
         dtype: of the model.
         layer: number of transformer layers before the vector.
-        quantizes: whether linear layers quantize their inputs.
+        quantizes: whether linear layers quantize their inputs, or attention its keys and values.
     """
     epsilon = torch.finfo(dtype).eps
     if current_platform.is_cuda():
