@@ -89,13 +89,15 @@ def job_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def compare(stock: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, Any]:
-    """How the runs of our engine differ from those of stock vLLM."""
-    found: dict[str, Any] = {"outputs": 0, "other_tokens": 0, "largest_difference": 0.0}
+    """How our runs differ from those of stock vLLM; of other tokens, how far the first of them are apart."""
+    found: dict[str, Any] = {"outputs": 0, "other_tokens": 0, "largest_difference": 0.0, "preferred_by": []}
     for their_run, our_run in zip(stock, ours, strict=True):
         for theirs, our in zip(their_run["outputs"], our_run["outputs"], strict=True):
             found["outputs"] += 1
             if theirs["tokens"] != our["tokens"]:
                 found["other_tokens"] += 1
+                pairs = zip(theirs["tokens"], our["tokens"], theirs["numbers"], our["numbers"], strict=True)
+                found["preferred_by"].append(next(abs(a - b) for one, other, a, b in pairs if one != other))
                 continue
             pairs = zip(theirs["numbers"], our["numbers"], strict=True)
             found["largest_difference"] = max([found["largest_difference"], *(abs(a - b) for a, b in pairs)])

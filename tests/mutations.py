@@ -24,12 +24,12 @@ def _swapped_slots():
             whole = torch.cat(whole.chunk(self.switch.dims.sp)[::-1])
         return _linear(x, whole, bias)
 
-    return mock.patch.object(layers._SlottedLinear, "_matmul", matmul)
+    return mock.patch.object(layers.SlottedLinear, "_matmul", matmul)
 
 
 def _one_stale_slot():
     """One slot of the last layer was never loaded; it holds what another one should."""
-    stock = layers._SlottedLinear._matmul
+    stock = layers.SlottedLinear._matmul
 
     def matmul(self, x, bias):
         whole = self.weight_slots.whole
@@ -39,7 +39,7 @@ def _one_stale_slot():
             return _linear(x, whole, bias)
         return stock(self, x, bias)
 
-    return mock.patch.object(layers._SlottedLinear, "_matmul", matmul)
+    return mock.patch.object(layers.SlottedLinear, "_matmul", matmul)
 
 
 def _wrong_positions():
@@ -83,7 +83,7 @@ def _layer_without_slots():
             return _linear(x, own.repeat(1, self.switch.dims.sp), bias)
         return _linear(x, whole, bias)
 
-    return mock.patch.object(layers._SlottedLinear, "_matmul", matmul)
+    return mock.patch.object(layers.SlottedLinear, "_matmul", matmul)
 
 
 def _one_rank_only():

@@ -39,6 +39,7 @@ def features(model: str, folder: Path) -> dict[str, dict[str, Any]]:
         "reload": {"ask": "reloads", "args": {}},
         # One place more than adapters in a batch: vLLM's CPU backend gives the last one to prompts without an adapter.
         "LoRA": {"ask": "adapters", "args": {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}},
+        "model of transformers": {"ask": "tokens", "args": {"model_impl": "transformers"}},
         "images": images(str(tiny.make_vision_checkpoint(folder))),
     }
 
@@ -119,6 +120,7 @@ NAMES = [
     "KV connector",
     "reload",
     "LoRA",
+    "model of transformers",
     "images",
 ]
 
@@ -186,13 +188,19 @@ def test_images_with_the_encoder_split_by_images(model, tmp_path):
     assert_equal_to_stock(run(2, 2, 1, {name: feature}, model, tmp_path), name)
 
 
+# Embedding and LM head of Qwen3 are one module then, around which vLLM puts two.
+TIED = {"hf_overrides": {"tie_word_embeddings": True}}
+
+
 @pytest.mark.nightly
-def test_adapters_on_four_ranks(model, tmp_path):
-    name = "LoRA"
-    for sp, tp in ((2, 2), (4, 1)):
-        folder = tmp_path / f"{sp}x{tp}"
-        folder.mkdir()
-        results = run(4, sp, tp, {name: features(model, folder)[name]}, model, folder)
+@pytest.mark.parametrize(("sp", "tp"), [(2, 2), (4, 1)])
+def test_adapters_and_models_of_transformers_on_four_ranks(model, tmp_path, sp, tp):
+    chosen = {name: features(model, tmp_path)[name] for name in ("LoRA", "model of transformers")}
+    qwen3 = {"model": str(tiny.make_checkpoint("qwen3", tmp_path))}
+    chosen["LoRA, tied"] = chosen["LoRA"] | {"args": chosen["LoRA"]["args"] | qwen3 | TIED}
+    chosen["Qwen3 of transformers"] = {"ask": "tokens", "args": {"model_impl": "transformers"} | qwen3}
+    results = run(4, sp, tp, chosen, model, tmp_path)
+    for name in chosen:
         assert_equal_to_stock(results, name)
 
 

@@ -156,7 +156,7 @@ BAD = [
     ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, r"speculative decoding other than .*\(ngram_gpu\): use"),
     ({"speculative_config": NGRAM, "pipeline_parallel_size": 2}, "pipeline parallelism together with speculative"),
     ({"quantization": "experts_int8"}, r"quantization methods other than FP8, .* \(experts_int8\)"),
-    ({"model_impl": "transformers"}, r"model implementations .*\(transformers\)"),
+    ({"model_impl": "transformers", "quantization": "fp8"}, r"models of transformers \(fp8\)"),
     ({"load_format": "sharded_state"}, r"load formats .*\(sharded_state\)"),
     ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
     ({"additional_config": {CONFIG_KEY: {"threshold": 3}}}, r"unknown keys \['threshold'\]"),
@@ -197,7 +197,8 @@ def everything_unsupported(name):
     """A config whose every attribute asks for something; ``name`` says for which table."""
     model = SimpleNamespace(
         is_multimodal_model=True, is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
-        using_transformers_backend=lambda: True, quantization="gguf", model_impl="terratorch",
+        using_transformers_backend=lambda: True, quantization="gguf", model_impl="terratorch", is_moe=True,
+        hf_text_config=SimpleNamespace(rope_parameters={"full_attention": {"rope_type": "longrope"}}),
         architecture="FalconForCausalLM",
     )  # fmt: skip
     speculative = SimpleNamespace(method="medusa", uses_dynamic_speculative_decoding=lambda: True)
@@ -214,7 +215,9 @@ def everything_unsupported(name):
         offload_config=SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=4), prefetch=None),
         load_config=SimpleNamespace(load_format="gguf"),
         device_config=SimpleNamespace(device_type="xpu"),
-        model_config=SimpleNamespace(runner_type="pooling", is_moe=True, quantization="fp8"),
+        model_config=SimpleNamespace(
+            runner_type="pooling", is_moe=True, quantization="fp8", architecture="FalconForCausalLM"
+        ),
     )  # fmt: skip
     return {"model": model, "engine": engine}[name]
 
@@ -236,7 +239,7 @@ def test_what_was_tried_on_the_cpu_only_is_refused_on_cuda():
     ids=["model", "unchecked", "engine"],
 )
 def test_every_row_of_the_table_refuses(table, name, monkeypatch):
-    for variable in ("VLLM_BATCH_INVARIANT", "VLLM_LORA_ENABLE_DUAL_STREAM"):
+    for variable in ("VLLM_BATCH_INVARIANT", "VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_TUNED_CONFIG_FOLDER"):
         monkeypatch.setenv(variable, "1")
     config = everything_unsupported(name)
     for limit in table:

@@ -32,6 +32,8 @@ _COLLECTIVES = {
 
 def gathered_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules of a model that have to see all tokens, by name."""
+    if hasattr(model, "attention_instances"):
+        return iter(())  # code of transformers: vLLM's norms for it gather heads only where they get a part of them
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if _needs_all_tokens(module):

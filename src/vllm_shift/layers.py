@@ -26,7 +26,11 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_shift.quantized import TwoModeMethod, WholeLinear, check_method
@@ -82,7 +86,7 @@ class Slotted:
                 setattr(self, name, None)
 
 
-class _SlottedLinear(Slotted, LinearBase):
+class SlottedLinear(Slotted, LinearBase):
     """What the linear layers share: slots, and the plain matrix product on all of them."""
 
     quant_method: Any
@@ -143,7 +147,7 @@ class _SlottedLinear(Slotted, LinearBase):
         return out
 
 
-class _SlottedColumn(_SlottedLinear, ColumnParallelLinear):
+class _SlottedColumn(SlottedLinear, ColumnParallelLinear):
     """Column-parallel: [n, in] -> folded [n*S, out/P]. Slots of the weight: [S*out/P, in], of the bias: [S*out/P]."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -165,7 +169,7 @@ class _SlottedColumn(_SlottedLinear, ColumnParallelLinear):
         if not self.runs_in_sp():
             return super().forward(input_)
         out = self._product(input_, self._whole_bias())
-        out = out.view(-1, out.shape[-1] // self.switch.dims.sp)
+        out = out.view(*out.shape[:-2], -1, out.shape[-1] // self.switch.dims.sp)
         return (out, None) if self.return_bias else out
 
 
@@ -181,7 +185,30 @@ class SlottedQKVParallelLinear(_SlottedColumn, QKVParallelLinear):
     """``QKVParallelLinear`` with slots, each of them the q, k and v heads of one TP=P shard."""
 
 
-class SlottedRowParallelLinear(_SlottedLinear, RowParallelLinear):
+class UnfoldedQKVParallelLinear(SlottedQKVParallelLinear):
+    """The same for code of transformers: what it splits by ``tp_size`` takes the shape of its own input, [.., n].
+
+    See vLLM's models/transformers/fusers/qkv.py.
+    """
+
+    @property
+    def tp_size(self) -> int:
+        """P, or T in SP mode."""
+        return self.switch.dims.tp if self.runs_in_sp() else self.switch.dims.world
+
+    def forward(self, input_: torch.Tensor) -> Any:
+        """In SP mode: ``input_`` [.., n, in] gives [.., n, out/T], q of all slots first, then k, v; else vLLM's own."""
+        out = super().forward(input_)
+        if not self.runs_in_sp():
+            return out
+        out, bias = out if self.return_bias else (out, None)
+        slots = out.unflatten(-2, (-1, self.switch.dims.sp))
+        parts = slots.split([size // self.switch.dims.world for size in self.output_sizes], dim=-1)
+        out = torch.cat([part.flatten(-2) for part in parts], dim=-1)
+        return (out, bias) if self.return_bias else out
+
+
+class SlottedRowParallelLinear(SlottedLinear, RowParallelLinear):
     """``RowParallelLinear`` with slots: folded [n*S, in/P] -> [n, out]. Slots of the weight: [out, S*in/P]."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -199,7 +226,8 @@ class SlottedRowParallelLinear(_SlottedLinear, RowParallelLinear):
         bias = self.bias if self.whole is None else self.whole.bias
         if self.switch.dims.tp_rank > 0 or self.skip_bias_add:
             bias = None
-        out = self.switch.all_reduce_tp(self._product(input_, bias))
+        out = self._product(input_, bias)
+        out = self.switch.all_reduce_tp(out.view(*input_.shape[:-2], -1, out.shape[-1]))
         if not self.return_bias:
             return out
         return out, self.bias if self.skip_bias_add else None
@@ -240,6 +268,19 @@ class SlottedVocabParallelEmbedding(Slotted, VocabParallelEmbedding):
         elsewhere = (row < 0) | (row >= table.shape[0])
         out = F.embedding(row.masked_fill(elsewhere, 0), table)
         return self.switch.all_reduce_tp(out.masked_fill_(elsewhere.unsqueeze(-1), 0))
+
+
+def unfold(model: nn.Module) -> None:
+    """Prepare a model whose code is that of transformers.
+
+    Raises:
+        NotImplementedError: it has an embedding of another kind.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, Slotted | ParallelLMHead):
+            raise NotImplementedError(f"{name}: {type(module).__name__} is not supported in SP mode")
+        if isinstance(module, SlottedQKVParallelLinear) and module.shifts:
+            module.__class__ = UnfoldedQKVParallelLinear
 
 
 def stop_shifting(modules: Iterable[nn.Module]) -> None:

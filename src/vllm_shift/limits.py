@@ -97,9 +97,10 @@ def _compiles_by_itself(config: Any) -> bool:
     return bool(once or mode == CompilationMode.STOCK_TORCH_COMPILE)
 
 
-def _foreign_implementation(model: Any) -> Any:
-    # Code written for transformers lays out activations by its own input's shape, which a folded one does not have.
-    return "transformers" if model.using_transformers_backend() else _not_in(model.model_impl, ("auto", "vllm"))
+def _rope_of_batch(model: Any) -> Any:
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    return model.using_transformers_backend() and " and ".join(sorted({"dynamic", "longrope"} & kinds))
 
 
 MODEL_LIMITS = (
@@ -121,8 +122,21 @@ MODEL_LIMITS = (
         f"use one of {', '.join(QUANTIZATIONS)}, or an unquantized checkpoint",
     ),
     Limit(
-        "model implementations other than vLLM's own",
-        _foreign_implementation,
+        "model implementations other than vLLM's own and that of transformers",
+        lambda model: _not_in(model.model_impl, ("auto", "vllm", "transformers")),
+        "leave --model-impl at auto",
+    ),
+    Limit(
+        "mixture-of-experts, multimodal or quantized models of transformers",
+        lambda model: (
+            model.using_transformers_backend() and (model.is_moe or model.is_multimodal_model or model.quantization)
+        ),
+        "use a model that vLLM implements itself, and leave --model-impl at auto",
+    ),
+    Limit(
+        # Code of transformers decides by the largest position of the step, of which a rank has a part.
+        "rotary embeddings of transformers that depend on the batch",
+        _rope_of_batch,
         "use a model that vLLM implements itself, and leave --model-impl at auto",
     ),
 )
@@ -185,21 +199,26 @@ ENGINE_LIMITS = (
         "unset VLLM_BATCH_INVARIANT: sums are rounded differently in the two modes",
     ),
     Limit(
-        "LoRA of mixture-of-experts, multimodal or quantized models",
-        lambda config: (
-            config.lora_config
-            and (
-                config.model_config.is_moe
-                or config.model_config.is_multimodal_model
-                or config.model_config.quantization
-            )
-        ),
+        # The self-check has no adapters.
+        "LoRA of architectures not tested",
+        lambda config: config.lora_config and _not_in(config.model_config.architecture, ARCHITECTURES),
+        f"leave out --enable-lora, or use one of {', '.join(ARCHITECTURES)}",
+    ),
+    Limit(
+        "LoRA of mixture-of-experts or quantized models",
+        lambda config: config.lora_config and (config.model_config.is_moe or config.model_config.quantization),
         "leave out --enable-lora, or merge the adapter into the checkpoint",
     ),
     Limit(
         "fully sharded LoRA",
         lambda config: config.lora_config and config.lora_config.fully_sharded_loras,
         "leave out --fully-sharded-loras",
+    ),
+    Limit(
+        # They are looked up by a number of slices that layers of stock vLLM have.
+        "LoRA with tuned kernels",
+        lambda config: config.lora_config and envs.VLLM_TUNED_CONFIG_FOLDER,
+        "unset VLLM_TUNED_CONFIG_FOLDER",
     ),
     Limit(
         "LoRA on a second stream",

@@ -13,11 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.lora.layers import BaseLayerWithLoRA, ReplicatedLinearWithLoRA, VocabParallelEmbeddingWithLoRA
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    LogitsProcessorWithLoRA,
+    ReplicatedLinearWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
 
 from vllm_shift.dims import ParallelDims
 from vllm_shift.gathered import gathered_modules
-from vllm_shift.layers import Slotted, SlottedRowParallelLinear
+from vllm_shift.layers import SlottedLinear, SlottedRowParallelLinear
 
 
 class OwnTokens:
@@ -156,32 +161,46 @@ class SlotAdapters:
     def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
         """Change ``output`` [n, outputs of all slots] in place; ``x`` [n, inputs] or folded."""
         x = x.reshape(len(output), -1)
+        # All slots at once: for one B at two places of outputs, vLLM's kernels would remember one place.
         self._own_tokens.punica.add_lora_linear(output, x, self._a, self._b, 1.0, self._slices)
 
 
-def attach_adapters(model: nn.Module, switch: Any, lora_config: Any) -> None:
+def attach_adapters(model: nn.Module, switch: Any, vllm_config: Any) -> None:
     """Let the LoRA layers that vLLM has put into a model work in SP mode.
 
     Args:
         model: the model.
         switch: the ``ModeSwitch``; its ``own_tokens`` are told of each step of SP mode.
-        lora_config: vLLM's.
+        vllm_config: of the engine.
+
+    Raises:
+        NotImplementedError: a layer or a number of tokens is not supported.
     """
+    lora_config, most = vllm_config.lora_config, vllm_config.scheduler_config.max_num_batched_tokens
     inside = {child for _, module in gathered_modules(model) for child in module.modules()}
-    for layer in list(model.modules()):
-        if not isinstance(layer, BaseLayerWithLoRA) or layer in inside:
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, BaseLayerWithLoRA) or not hasattr(layer, "punica_wrapper"):
+            continue  # vLLM wraps an embedding that is the LM head, too, once more, and leaves that one without
+        if layer in inside:
+            # It sees the padding of all ranks, for which vLLM has no adapters.
+            if most % switch.dims.sp:
+                raise NotImplementedError(
+                    f"{name}: LoRA needs --max-num-batched-tokens that is a multiple of {switch.dims.sp}, got {most}"
+                )
             continue
-        base: Any = getattr(layer, "base_layer", None)
-        everywhere = isinstance(layer, ReplicatedLinearWithLoRA | VocabParallelEmbeddingWithLoRA)
-        if not everywhere and not (isinstance(base, Slotted) and base.shifts):
-            continue  # of the LM head, which runs as in TP mode
         if switch.own_tokens is None:
             switch.own_tokens = OwnTokens(layer.punica_wrapper, switch.dims)
-        kind: Any = _OwnTokensLayer if everywhere else _SlottedLayer
-        if everywhere:
+        base: Any = getattr(layer, "base_layer", None)
+        kind: Any = _OwnTokensLayer
+        if isinstance(layer, ReplicatedLinearWithLoRA | VocabParallelEmbeddingWithLoRA):
             layer.switch, layer.own_tokens, layer.stock_punica = switch, switch.own_tokens, layer.punica_wrapper
             del layer.punica_wrapper
-        else:
+        elif isinstance(base, SlottedLinear) and base.shifts:
             base.adapters = SlotAdapters(layer, switch.own_tokens, lora_config.max_loras, lora_config)
+            kind = _SlottedLayer
+        elif isinstance(layer, LogitsProcessorWithLoRA):
+            continue  # runs as in TP mode
+        else:
+            raise NotImplementedError(f"{name}: {type(layer).__name__} of {type(base).__name__} is not supported")
         # As torch.distributed.fsdp.fully_shard extends a module: by a class of its own.
         layer.__class__ = type(f"Shift{type(layer).__name__}", (kind, type(layer)), {})

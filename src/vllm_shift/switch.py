@@ -38,6 +38,7 @@ class ModeSwitch:
         own_tokens: LoRA adapters of this rank's tokens, see ``lora.py``; None without LoRA.
         position_repeats: rows of ``positions`` a token in SP mode: S for rotary embedding of folded views, 1 where no
             attention layer has them (code like DeepSeek-V2's compares these rows with those of hidden states).
+        attention_layers: that exchange tokens for heads.
     """
 
     def __init__(
@@ -73,12 +74,14 @@ class ModeSwitch:
         inside = {child for module in gathered.values() for child in module.modules()}
         layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
         layers = [layer for layer in layers if layer not in inside]
+        of_transformers = _called_layers(model)
+        self.attention_layers = layers = layers + of_transformers
         unknown = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, Attention)})
         if unknown:
             raise NotImplementedError(f"{type(model).__name__} has layers that SP mode does not know: {unknown}")
         if not layers and not gathered:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
-        self.position_repeats = self.dims.sp if layers else 1
+        self.position_repeats = 1 if of_transformers or not layers else self.dims.sp
         self._most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
         if layers and current_platform.is_cuda():
             # Not at the top: the CPU backend has no Triton.
@@ -183,10 +186,13 @@ class ModeSwitch:
             return IntermediateTensors({name: self._gather(rows) for name, rows in output.items()})
         return type(output)(self._gather(part) for part in output)
 
-    def _before_attention(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_attention(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.in_sp:
             return None
-        q, k, v = args
+        kv_heads = layer.num_kv_heads
+        widths = (layer.num_heads * layer.head_size, kv_heads * layer.head_size, kv_heads * layer.head_size_v)
+        # Code of transformers gives all slots of a token in one row.
+        q, k, v = (x.reshape(-1, width) for x, width in zip(args, widths, strict=True))
         q, k, v = tokens_to_heads(q, k, v, self.dims.sp, self._group_name, self.through_peers)
         return (self.without_padding(q), self.without_padding(k), self.without_padding(v)), kwargs
 
@@ -206,3 +212,21 @@ class ModeSwitch:
             return x
         rows = self.dims.local_tokens(self._num_tokens) * self.dims.sp
         return torch.cat((x, x.new_zeros(rows - len(x), *x.shape[1:])))
+
+
+class _Called:
+    """Stands for an attention layer whose ``forward`` is called by name, which would pass its hooks."""
+
+    def __init__(self, layer: Attention) -> None:
+        self.impl, self._layer = layer.impl, layer
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self._layer(*args)
+
+
+def _called_layers(model: Any) -> list[Attention]:
+    """Attention layers that vLLM keeps beside a model of transformers, from now on called with their hooks."""
+    layers: dict[int, Attention] = getattr(model, "attention_instances", {})
+    if layers:
+        model.attention_instances = {number: _Called(layer) for number, layer in layers.items()}
+    return list(layers.values())

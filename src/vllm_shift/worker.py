@@ -10,6 +10,7 @@ from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group, get_
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.platforms import current_platform
+from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_shift.agreement import StepCheck, is_wanted
@@ -17,7 +18,7 @@ from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.failure import describe_failure
 from vllm_shift.gathered import gathered_modules
-from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting
+from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting, unfold
 from vllm_shift.limits import TESTED
 from vllm_shift.lora import attach_adapters
 from vllm_shift.metrics import open_counts
@@ -70,24 +71,43 @@ class ShiftWorkerMixin(WorkerBase):
         if hasattr(drafter, "load_model"):
             # A draft model runs in TP mode only, after the model itself.
             drafter.load_model = stock_layers()(drafter.load_model)
-        with slotted_layers(self.switch):
+        stock_load_model = self.model_runner.load_model
+
+        def load_model(**kwargs: Any) -> None:
+            with slotted_layers(self.switch):
+                stock_load_model(**kwargs)
+            with DeviceMemoryProfiler() as memory:
+                self._prepare_layers()
+            if current_platform.is_cuda():
+                self.model_runner.model_memory_usage += memory.consumed_memory
+
+        # There, because the stock worker calls it within the memory that sleep mode gives back.
+        self.model_runner.load_model = load_model
+        try:
             super().load_model(load_dummy_weights=load_dummy_weights)
+        finally:
+            del self.model_runner.load_model
+        model = self.model_runner.get_model()
+        self.switch.attach(model, self.vllm_config)
+        if self.rank == 0:
+            logger.info("%s", _describe(self.shift_config, model))
+            if copies := [module for module in model.modules() if getattr(module, "second_copy", 0)]:
+                logger.info("%s", _describe_copies(copies))
+
+    def _prepare_layers(self) -> None:
         model = self.model_runner.get_model()
         stop_shifting(child for _, module in gathered_modules(model) for child in module.modules())
         if supports_multimodal(model):
             # What encodes images and the like runs before the model's forward pass, so never in SP mode.
             stop_shifting(set(model.modules()) - set(model.get_language_model().modules()))
         check_layers(model)
+        if self.model_config.using_transformers_backend():
+            unfold(model)
         if self.vllm_config.load_config.load_format == "dummy":
             for slots in _all_slots(model):
                 slots.repeat_own()
         if self.vllm_config.lora_config is not None:
-            attach_adapters(model, self.switch, self.vllm_config.lora_config)
-        self.switch.attach(model, self.vllm_config)
-        if self.rank == 0:
-            logger.info("%s", _describe(self.shift_config, model))
-            if copies := [module for module in model.modules() if getattr(module, "second_copy", 0)]:
-                logger.info("%s", _describe_copies(copies))
+            attach_adapters(model, self.switch, self.vllm_config)
 
     def determine_available_memory(self) -> int:
         """As the stock worker, whose profile is of the largest step, in SP mode; the largest in TP mode counts, too."""
@@ -171,6 +191,18 @@ class ShiftWorkerMixin(WorkerBase):
         if not is_checkpoint_format:
             raise NotImplementedError("Shift Parallelism reloads weights in the layout of a checkpoint only")
         super().reload_weights(weights_iterator, weights_path)
+
+    def sleep(self, level: int = 1) -> None:
+        """As the stock worker.
+
+        Raises:
+            NotImplementedError: what level 2 gives up could not be loaded again.
+        """
+        if level == 2 and (self.model_config.quantization or self.vllm_config.lora_config is not None):
+            raise NotImplementedError(
+                "Shift Parallelism does not reload weights of a quantized model, nor adapters of LoRA: sleep at level 1"
+            )
+        super().sleep(level)
 
     def shutdown(self) -> None:
         """As the stock worker; then our process groups, where no CUDA graph may still hold their communicators."""
