@@ -58,7 +58,7 @@ class OwnTokens:
             setattr(self.punica, name, torch.empty(len(getattr(stock, name)) + 1, dtype=torch.long))
 
     def take(self, num_tokens: int) -> None:
-        """Of a step of so many tokens. CUDA graphs record it: it neither waits for the device nor allocates sizes."""
+        """Of a step of so many tokens. CUDA graphs record what it does on the device, so it does not wait for that."""
         rows = self._dims.local_tokens(num_tokens)
         own = slice(self._dims.sp_rank * rows, (self._dims.sp_rank + 1) * rows)
         indices = self._stock._embeddings_indices[:, own]
