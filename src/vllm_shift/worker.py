@@ -201,8 +201,8 @@ class ShiftWorkerMixin(WorkerBase):
         if level == 2 and (self.model_config.quantization or self.vllm_config.lora_config is not None):
             # vLLM has stopped scheduling by now.
             raise NotImplementedError(
-                "Shift Parallelism does not reload weights of a quantized model, nor adapters of LoRA: wake up, and sleep "
-                "at level 1"
+                "Shift Parallelism reloads neither weights of a quantized model nor adapters of LoRA: "
+                "wake up, and sleep at level 1"
             )
         super().sleep(level)
 
