@@ -1,0 +1,43 @@
+"""Asks a Prometheus server each query of the Grafana dashboard next to this file, over its last minutes.
+
+Usage: queries.py http://localhost:9090 [MINUTES]. One line a query: its panel, how many series and values it gives, and
+the least and the largest of these. Exits with 1 where one gives none.
+"""
+
+import json
+import sys
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+DASHBOARD = json.loads((Path(__file__).parent / "vllm-shift.json").read_text())
+
+
+def ask(url: str, **parameters: Any) -> Any:
+    with urllib.request.urlopen(f"{url}?{urllib.parse.urlencode(parameters)}", timeout=30) as response:
+        return json.load(response)["data"]
+
+
+def main() -> int:
+    api, minutes = f"{sys.argv[1]}/api/v1", float(sys.argv[2]) if len(sys.argv) > 2 else 5
+    models = ask(f"{api}/label/model_name/values", **{"match[]": "vllm:shift_threshold_tokens"})
+    print("models:", *models)
+    empty = not models
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", []):
+            for model in models:
+                query = target["expr"].replace("$model_name", model).replace("$__rate_interval", "10s")
+                end = time.time()
+                found = ask(f"{api}/query_range", query=query, start=end - 60 * minutes, end=end, step=2)["result"]
+                values = [float(value) for series in found for _, value in series["values"]]
+                values = [value for value in values if value == value]  # a rate of nothing is none
+                empty |= not values
+                shown = f"{min(values):.3g} to {max(values):.3g}" if values else "nothing"
+                print(f"{panel['title']}: {len(found)} series, {len(values)} values, {shown}")
+    return int(empty)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
