@@ -35,6 +35,10 @@ def test_local_tokens_cover_the_step(sp, tp):
     for num_tokens in range(1, 70):
         rows = dims.local_tokens(num_tokens)
         assert (rows - 1) * sp < num_tokens <= rows * sp
+        tokens = list(range(num_tokens))
+        held = [tokens[ParallelDims(sp, tp, rank).local_slice(num_tokens)] for rank in range(sp)]
+        assert [token for each in held for token in each] == tokens
+        assert max(map(len, held)) == rows
 
 
 @pytest.mark.parametrize(("sp", "tp", "rank"), [(0, 1, 0), (1, 0, 0), (2, 2, 4), (2, 2, -1)])

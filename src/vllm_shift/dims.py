@@ -64,3 +64,8 @@ class ParallelDims:
     def local_tokens(self, num_tokens: int) -> int:
         """Rows each rank holds in SP mode for a step of ``num_tokens`` tokens; the last rank's may be padding."""
         return -(-num_tokens // self.sp)
+
+    def local_slice(self, num_tokens: int) -> slice:
+        """Which tokens of such a step this rank holds in SP mode; it may reach beyond the last one."""
+        rows = self.local_tokens(num_tokens)
+        return slice(self.sp_rank * rows, (self.sp_rank + 1) * rows)

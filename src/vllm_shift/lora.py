@@ -59,8 +59,7 @@ class OwnTokens:
 
     def take(self, num_tokens: int) -> None:
         """Of a step of so many tokens. CUDA graphs record what it does on the device, so it does not wait for that."""
-        rows = self._dims.local_tokens(num_tokens)
-        own = slice(self._dims.sp_rank * rows, (self._dims.sp_rank + 1) * rows)
+        rows, own = self._dims.local_tokens(num_tokens), self._dims.local_slice(num_tokens)
         indices = self._stock._embeddings_indices[:, own]
         self.punica._embeddings_indices[:, : indices.shape[1]].copy_(indices)
         if self._has_kernels:

@@ -409,7 +409,7 @@ class SelfCheck:
         differences: list[Difference] = []
         sp, sp_rank = self._switch.dims.sp, self._switch.dims.sp_rank
         rows = self._switch.dims.local_tokens(sum(lengths))
-        own = slice(sp_rank * rows, (sp_rank + 1) * rows)
+        own = self._switch.dims.local_slice(sum(lengths))
         layer = 0
 
         def record(name: str, output: Any) -> None:

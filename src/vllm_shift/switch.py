@@ -144,7 +144,7 @@ class ModeSwitch:
         if name not in self._buffers:
             self._buffers[name] = x.new_zeros(self._most_rows, *x.shape[1:])
         rows = self.dims.local_tokens(len(x))
-        own = x[self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows]
+        own = x[self.dims.local_slice(len(x))]
         buffer = self._buffers[name][:rows]
         buffer[: len(own)].copy_(own)
         buffer[len(own) :].zero_()
@@ -160,7 +160,7 @@ class ModeSwitch:
             # One more than needed, as in vLLM's model runners: torch.compile traces with the largest step, and would
             # take rows of several dimensions for contiguous ones in smaller steps, too.
             self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self._most_rows * repeats + 1)
-        own = positions[..., self.dims.sp_rank * rows : (self.dims.sp_rank + 1) * rows]
+        own = positions[..., self.dims.local_slice(positions.shape[-1])]
         own = own.repeat_interleave(repeats, dim=-1)
         buffer = self._buffers["positions"][..., : rows * repeats]
         buffer[..., : own.shape[-1]].copy_(own)
