@@ -165,10 +165,8 @@ def make_adapter(folder: Path, seed: int) -> Path:
 
 def merge_adapter(model: torch.nn.Module, path: Path) -> None:
     """Add what such an adapter stands for to the weights of a model."""
-    weights, config = (
-        load_file(path / "adapter_model.safetensors"),
-        json.loads((path / "adapter_config.json").read_text()),
-    )
+    weights = load_file(path / "adapter_model.safetensors")
+    config = json.loads((path / "adapter_config.json").read_text())
     scale, parameters = config["lora_alpha"] / config["r"], dict(model.named_parameters())
     with torch.no_grad():
         for name, a in weights.items():

@@ -45,6 +45,11 @@ def gathered_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk("", model)
 
 
+def inside_gathered(model: nn.Module) -> set[nn.Module]:
+    """These modules and all that they consist of."""
+    return {child for _, module in gathered_modules(model) for child in module.modules()}
+
+
 def _needs_all_tokens(module: nn.Module) -> bool:
     if isinstance(module, _CLASSES):
         return True

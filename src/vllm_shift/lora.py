@@ -21,7 +21,7 @@ from vllm.lora.layers import (
 )
 
 from vllm_shift.dims import ParallelDims
-from vllm_shift.gathered import gathered_modules
+from vllm_shift.gathered import inside_gathered
 from vllm_shift.layers import SlottedLinear, SlottedRowParallelLinear
 
 
@@ -125,37 +125,36 @@ class SlotAdapters:
     Args:
         layer: vLLM's LoRA layer around a layer with slots; becomes one that fills all slots.
         own_tokens: of the step that runs.
-        max_loras: adapters at a time.
         lora_config: vLLM's.
     """
 
-    def __init__(self, layer: Any, own_tokens: OwnTokens, max_loras: int, lora_config: Any) -> None:
+    def __init__(self, layer: Any, own_tokens: OwnTokens, lora_config: Any) -> None:
         base, dims = layer.base_layer, layer.base_layer.switch.dims
         self._own_tokens = own_tokens
         is_row = isinstance(base, SlottedRowParallelLinear)
-        others = []
+        slots = []
         for shard in dims.slots:
             if shard == dims.rank and not is_row:
-                others.append(layer)
+                slots.append(layer)
                 continue
             base._impersonate(shard)
             other = type(layer)(base)
-            other.create_lora_weights(max_loras, lora_config)
-            others.append(other)
+            other.create_lora_weights(lora_config.max_loras, lora_config)
+            slots.append(other)
         base._impersonate(dims.rank)
         if is_row:
             (a,) = layer.lora_a_stacked
             whole = a.new_zeros(*a.shape[:-1], dims.sp * a.shape[-1])
-            for other, part in zip(others, whole.split(a.shape[-1], dim=-1), strict=True):
-                other.lora_a_stacked, other.lora_b_stacked = (part,), layer.lora_b_stacked
+            for each, part in zip(slots, whole.split(a.shape[-1], dim=-1), strict=True):
+                each.lora_a_stacked, each.lora_b_stacked = (part,), layer.lora_b_stacked
             self._a, self._b, self._slices = (whole,), layer.lora_b_stacked, layer.output_slices
         else:
-            for other in others:
-                other.lora_a_stacked = layer.lora_a_stacked
+            for each in slots:
+                each.lora_a_stacked = layer.lora_a_stacked
             self._a = layer.lora_a_stacked * dims.sp
-            self._b = tuple(b for other in others for b in other.lora_b_stacked)
+            self._b = tuple(b for each in slots for b in each.lora_b_stacked)
             self._slices = layer.output_slices * dims.sp
-        layer.other_slots = tuple(other for other in others if other is not layer)
+        layer.other_slots = tuple(each for each in slots if each is not layer)
 
     def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
         """Change ``output`` [n, outputs of all slots] in place; ``x`` [n, inputs] or folded."""
@@ -176,7 +175,7 @@ def attach_adapters(model: nn.Module, switch: Any, vllm_config: Any) -> None:
         NotImplementedError: a layer or a number of tokens is not supported.
     """
     lora_config, most = vllm_config.lora_config, vllm_config.scheduler_config.max_num_batched_tokens
-    inside = {child for _, module in gathered_modules(model) for child in module.modules()}
+    inside = inside_gathered(model)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, BaseLayerWithLoRA) or not hasattr(layer, "punica_wrapper"):
             continue  # vLLM wraps an embedding that is the LM head, too, once more, and leaves that one without
@@ -195,7 +194,7 @@ def attach_adapters(model: nn.Module, switch: Any, vllm_config: Any) -> None:
             layer.switch, layer.own_tokens, layer.stock_punica = switch, switch.own_tokens, layer.punica_wrapper
             del layer.punica_wrapper
         elif isinstance(base, SlottedLinear) and base.shifts:
-            base.adapters = SlotAdapters(layer, switch.own_tokens, lora_config.max_loras, lora_config)
+            base.adapters = SlotAdapters(layer, switch.own_tokens, lora_config)
             kind = _SlottedLayer
         elif isinstance(layer, LogitsProcessorWithLoRA):
             continue  # runs as in TP mode

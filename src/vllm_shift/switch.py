@@ -19,7 +19,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_shift.compiled import CompiledTwins
 from vllm_shift.dims import ParallelDims
 from vllm_shift.exchange import heads_to_tokens, register_group, tokens_to_heads
-from vllm_shift.gathered import Gather, gathered_modules
+from vllm_shift.gathered import Gather, gathered_modules, inside_gathered
 
 
 class ModeSwitch:
@@ -68,10 +68,9 @@ class ModeSwitch:
         Raises:
             NotImplementedError: the model has no attention layer to exchange at.
         """
-        gathered = dict(gathered_modules(model))
-        for module in gathered.values():
+        for _, module in gathered_modules(model):
             Gather(self, module)
-        inside = {child for module in gathered.values() for child in module.modules()}
+        inside = inside_gathered(model)
         layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
         layers = [layer for layer in layers if layer not in inside]
         of_transformers = _called_layers(model)
@@ -79,7 +78,7 @@ class ModeSwitch:
         unknown = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, Attention)})
         if unknown:
             raise NotImplementedError(f"{type(model).__name__} has layers that SP mode does not know: {unknown}")
-        if not layers and not gathered:
+        if not layers and not inside:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
         self.position_repeats = 1 if of_transformers or not layers else self.dims.sp
         self._most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)

@@ -17,7 +17,7 @@ from vllm_shift.agreement import StepCheck, is_wanted
 from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.failure import describe_failure
-from vllm_shift.gathered import gathered_modules
+from vllm_shift.gathered import inside_gathered
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting, unfold
 from vllm_shift.limits import TESTED
 from vllm_shift.lora import attach_adapters
@@ -96,7 +96,7 @@ class ShiftWorkerMixin(WorkerBase):
 
     def _prepare_layers(self) -> None:
         model = self.model_runner.get_model()
-        stop_shifting(child for _, module in gathered_modules(model) for child in module.modules())
+        stop_shifting(inside_gathered(model))
         if supports_multimodal(model):
             # What encodes images and the like runs before the model's forward pass, so never in SP mode.
             stop_shifting(set(model.modules()) - set(model.get_language_model().modules()))
