@@ -4,6 +4,10 @@ Every contender is a server of its own; every workload is a trace, sent as ``vll
 in a folder, one file a contender and workload, so a second run of the same command does only what is missing, and what
 failed. Then a table (Markdown), a plot and a summary (JSON) are made of everything in the folder.
 
+With --together N, N servers start at the same time and then take the traffic in turns, the others idle, which saves
+most of the time. They share the GPUs' memory, so each needs to be told its part (--kv-cache-memory-bytes,
+--gpu-memory-utilization), and neither KV cache nor start-up time is compared.
+
 Example: python benchmarks/compare.py --shape 8b --folder compare-8b
 """
 
@@ -33,8 +37,7 @@ from vllm_shift_cli.replay.report import latencies, make_report
 from vllm_shift_cli.replay.run import Options, replay
 from vllm_shift_cli.replay.trace import TraceRequest
 
-PORT = 8123
-URL = f"http://127.0.0.1:{PORT}"
+FIRST_PORT = 8123
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def contenders(gpus: int) -> dict[str, Contender]:
         "stock DP": Contender(("--data-parallel-size", str(gpus)), stock),
         "shift 256": Contender((*shift, "256"), ours),
         "shift auto": Contender((*shift, "auto"), ours),
+        "shift V1": Contender((*shift, "256"), ours | {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
         "ulysses": Contender(ulysses, ours),
         "arctic": Contender((*shift, "256"), arctic),
     }
@@ -88,12 +92,13 @@ class Workload:
     in_turn: bool = False
 
 
-def workloads(scale: float, load: float) -> dict[str, Workload]:
+def workloads(scale: float, load: float, burst_s: float) -> dict[str, Workload]:
     """Workloads by name.
 
     Args:
         scale: below 1 makes prompts, answers and numbers of requests smaller, to try it.
         load: factor on how many requests are sent for throughput, and how many a second in the bursts.
+        burst_s: seconds of traffic with bursts, one every 10.
     """
 
     def size(count: float) -> int:
@@ -106,7 +111,7 @@ def workloads(scale: float, load: float) -> dict[str, Workload]:
         return Workload([TraceRequest(0.0, size(prompt), size(output))] * count)
 
     prompts, answers = (size(256), size(4096)), (size(32), size(256))
-    bursts = generate(bursty(2 * load, 40 * load, 10, 3), 40 * load, 40, prompts, answers, seed=0)
+    bursts = generate(bursty(2 * load, 40 * load, 10, 3), 40 * load, burst_s, prompts, answers, seed=0)
     return {
         "one 1k": in_turn(1000, 64),
         "one 8k": in_turn(8000, 64),
@@ -153,40 +158,25 @@ FIGURES = (
 
 
 class Server:
-    """A contender that runs; a context manager.
+    """A contender that runs; a context manager, which starts it without waiting until it is up."""
 
-    Raises:
-        RuntimeError: it did not come up; holds the end of its log.
-    """
-
-    def __init__(self, contender: Contender, model: Path, flags: list[str], log: Path, patience_s: float) -> None:
+    def __init__(self, contender: Contender, model: Path, flags: list[str], log: Path, port: int) -> None:
+        self.url, self._log, self._env = f"http://127.0.0.1:{port}", log, os.environ | contender.env
         self._command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(PORT),
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port),
             "--load-format", "dummy", "--no-enable-prefix-caching", *contender.flags, *flags,
         ]  # fmt: skip
-        self._env, self._log, self._patience_s = os.environ | contender.env, log, patience_s
 
-    def __enter__(self) -> dict[str, Any]:
-        begin = time.monotonic()
+    def __enter__(self) -> "Server":
+        self._begin = time.monotonic()
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
                 self._command, env=self._env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        try:
-            while not self._is_healthy():
-                if self._process.poll() is not None or time.monotonic() - begin > self._patience_s:
-                    raise RuntimeError(f"the server did not start; {self._log} ends:\n{self._log.read_text()[-2000:]}")
-                time.sleep(0.5)
-        except BaseException:
-            self.__exit__()
-            raise
-        # With data parallelism each replica says its own.
-        found = re.findall(r"KV cache size: ([\d,]+) tokens", self._log.read_text())
-        kv_tokens = sum(int(count.replace(",", "")) for count in found)
-        return {"start_s": time.monotonic() - begin, "kv_tokens": kv_tokens, "command": self._command[1:]}
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.send_signal(signal.SIGTERM)
+        self.ask_to_end()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
@@ -196,16 +186,33 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    @staticmethod
-    def _is_healthy() -> bool:
+    def ask_to_end(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self, patience_s: float) -> dict[str, Any]:
+        """Wait until it is up; returns what there is to say of it.
+
+        Raises:
+            RuntimeError: it did not come up; holds the end of its log.
+        """
+        while not self._is_healthy():
+            if self._process.poll() is not None or time.monotonic() - self._begin > patience_s:
+                raise RuntimeError(f"the server did not start; {self._log} ends:\n{self._log.read_text()[-2000:]}")
+            time.sleep(0.5)
+        # With data parallelism each replica says its own.
+        found = re.findall(r"KV cache size: ([\d,]+) tokens", self._log.read_text())
+        kv_tokens = sum(int(count.replace(",", "")) for count in found)
+        return {"start_s": time.monotonic() - self._begin, "kv_tokens": kv_tokens, "command": self._command[1:]}
+
+    def _is_healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{URL}/health", timeout=2) as response:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False
 
 
-def run_workload(workload: Workload, seed: int) -> dict[str, Any]:
+def run_workload(workload: Workload, url: str, seed: int) -> dict[str, Any]:
     """The report of a replay; where requests are sent at once, after some of the same length to warm up.
 
     Raises:
@@ -215,7 +222,7 @@ def run_workload(workload: Workload, seed: int) -> dict[str, Any]:
     batches = [[request] for request in trace] if workload.in_turn else [trace[:4], trace]
     outcomes: list[Outcome] = []
     for number, batch in enumerate(batches):
-        result = asyncio.run(replay(batch, Options(URL, seed=seed + number, timeout=900)))
+        result = asyncio.run(replay(batch, Options(url, seed=seed + number, timeout=900)))
         if workload.in_turn:
             result.outcomes = outcomes = [*outcomes, *result.outcomes]
         report = make_report(result, len(result.outcomes), {})
@@ -224,27 +231,47 @@ def run_workload(workload: Workload, seed: int) -> dict[str, Any]:
     return report
 
 
-def run_contender(args: argparse.Namespace, name: str, contender: Contender, model: Path) -> None:
-    """Run what is missing of a contender's workloads."""
-    folder = args.folder / name.replace(" ", "-")
-    folder.mkdir(exist_ok=True)
-    chosen = {key: each for key, each in workloads(args.scale, args.load).items() if key in (args.only or (key,))}
-    files = {key: folder / f"{key.replace(' ', '-').replace('/', '-')}.json" for key in chosen}
-    missing = [key for key in chosen if not files[key].exists()]
-    if not missing and (folder / "server.json").exists():
-        return
-    failed = folder / "failed.txt"
-    failed.unlink(missing_ok=True)
-    print(f"{name}: {', '.join(missing)}", flush=True)
-    try:
-        with Server(contender, model, args.server_flags, folder / "server.log", args.patience) as facts:
-            (folder / "server.json").write_text(json.dumps(facts))
-            for key in missing:
-                files[key].write_text(json.dumps(run_workload(chosen[key], seed=100 * len(key))))
-                print(f"{name}: {key} done", flush=True)
-    except RuntimeError as error:
-        failed.write_text(str(error))
-        print(f"{name} failed, see {failed}", flush=True)
+def result_file(folder: Path, name: str, workload: str) -> Path:
+    """Where the result of a contender's workload is kept."""
+    return folder / name.replace(" ", "-") / f"{workload.replace(' ', '-').replace('/', '-')}.json"
+
+
+def run_contenders(args: argparse.Namespace, group: dict[str, Contender], model: Path) -> None:
+    """Start these contenders at the same time, and run what is missing of their workloads one after the other."""
+    everything = workloads(args.scale, args.load, args.burst_seconds)
+    chosen = {key: each for key, each in everything.items() if key in (args.only or (key,))}
+    missing = {
+        name: [key for key in chosen if not result_file(args.folder, name, key).exists()]
+        + (["server"] if args.together == 1 and not result_file(args.folder, name, "server").exists() else [])
+        for name in group
+    }
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for port, (name, contender) in enumerate(group.items(), FIRST_PORT):
+            if missing[name]:
+                log = result_file(args.folder, name, "server").with_suffix(".log")
+                log.parent.mkdir(exist_ok=True)
+                servers[name] = stack.enter_context(Server(contender, model, args.server_flags, log, port))
+        for name, server in servers.items():
+            print(f"{name}: {', '.join(missing[name])}", flush=True)
+            failed = args.folder / name.replace(" ", "-") / "failed.txt"
+            failed.unlink(missing_ok=True)
+            try:
+                facts = server.wait(args.patience)
+                if args.together == 1:
+                    result_file(args.folder, name, "server").write_text(json.dumps(facts))
+                for other in servers.values():
+                    with contextlib.suppress(RuntimeError):  # the other one's turn says so
+                        other.wait(args.patience)
+                for key in (key for key in missing[name] if key in chosen):
+                    report = run_workload(chosen[key], server.url, seed=100 * len(key))
+                    result_file(args.folder, name, key).write_text(json.dumps(report))
+                    print(f"{name}: {key} done", flush=True)
+            except RuntimeError as error:
+                failed.write_text(str(error))
+                print(f"{name} failed, see {failed}", flush=True)
+        for server in servers.values():
+            server.ask_to_end()
 
 
 def collect(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
@@ -252,7 +279,7 @@ def collect(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for figure in FIGURES:
         for name in names:
-            path = folder / name.replace(" ", "-") / f"{figure.workload.replace(' ', '-').replace('/', '-')}.json"
+            path = result_file(folder, name, figure.workload)
             if path.exists():
                 found.setdefault(figure.name, {})[name] = figure.read(json.loads(path.read_text()))
     return found
@@ -267,7 +294,8 @@ def table(found: dict[str, dict[str, float]], names: list[str]) -> str:
     """All figures as Markdown; in brackets the share of the best contender's result."""
     lines = [f"| | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
     for figure in FIGURES:
-        values = found.get(figure.name, {})
+        if (values := found.get(figure.name)) is None:
+            continue
         cells = [
             f"{values[name]:,.4g} ({relative(figure, values[name], values):.2f})" if name in values else ""
             for name in names
@@ -309,14 +337,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="only these workloads")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: smaller workloads, to try it")
     parser.add_argument("--load", type=float, default=1.0, help="factor on requests; smaller for larger models")
+    parser.add_argument("--burst-seconds", type=float, default=40, help="length of the traffic with bursts")
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="servers that start at the same time")
     parser.add_argument("--patience", type=float, default=600, help="seconds that a server may take to start")
     parser.add_argument("server_flags", nargs="*", help="more flags for every server, after --")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     chosen = {name: each for name, each in contenders(args.gpus).items() if name in (args.contenders or (name,))}
     model = write_config(SHAPES[args.shape], args.folder, tokenizer=True)
-    for name, contender in chosen.items():
-        run_contender(args, name, contender, model)
+    names = list(chosen)
+    for first in range(0, len(names), args.together):
+        run_contenders(args, {name: chosen[name] for name in names[first : first + args.together]}, model)
     found = collect(args.folder, list(chosen))
     (args.folder / "figures.json").write_text(json.dumps(found, indent=1))
     (args.folder / "table.md").write_text(text := table(found, list(chosen)) + "\n")
