@@ -29,7 +29,10 @@ class _Step:
 
     def has_ended(self) -> bool:
         """Whether the call has returned and the device has come to its end."""
-        return self.end is not None and self.end.seconds_since(self.start) is not None
+        if self.end is None:
+            return False
+        with self.end.on_device():
+            return self.end.seconds_since(self.start) is not None
 
 
 class StuckStepWatch:
