@@ -20,7 +20,12 @@ class Plant:
                 return
             if what == "raises":
                 raise RuntimeError("planted")
+            if what == "busy GPU":
+                torch.cuda._sleep(10**13)  # cycles, more than an hour
+                return
             if what == "out of memory":
+                if torch.cuda.is_available():
+                    torch.empty(1 << 40, dtype=torch.uint8, device="cuda")
                 raise torch.OutOfMemoryError("planted: tried to allocate 1 EiB")
             time.sleep(10_000)
 

@@ -22,7 +22,7 @@ from faults import Victim
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
-from rank_group import free_ports
+from ports import free_ports
 from schemathesis import GenerationMode
 
 logger = logging.getLogger("http_fuzz")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 from mutations import MUTATIONS, MUTATIONS_OF_QUANTIZED
+from ports import free_ports
 from quantize import quantize_checkpoint
 
 LAYOUTS = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}
@@ -94,19 +94,6 @@ def quantized(folder: Path) -> list[dict]:
             engines.append({"name": f"check-{form}-{dtype}", "args": check | {"dtype": dtype}})
     check = check | {"model": str(folder / "llama-int8"), "dtype": "bfloat16"}
     return engines + [{"name": name, "args": check, "mutation": name} for name in MUTATIONS_OF_QUANTIZED]
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` free ports in a row, below those that the system hands out to connections."""
-    for first in range(10_000 + os.getpid() % 1000, 30_000, count):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise OSError("no free ports")
 
 
 def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int | None]:

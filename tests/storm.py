@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-from rank_group import free_ports
+from ports import free_ports
 
 logger = logging.getLogger("storm")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from agreement_rank import DIVERGENCES
-from rank_group import free_ports
+from ports import free_ports
 from torch import nn
 
 from vllm_shift.agreement import VARIABLE, is_wanted

@@ -3,7 +3,7 @@
 import faults
 import pytest
 import tiny
-from rank_group import free_ports
+from ports import free_ports
 
 pytestmark = pytest.mark.engine
 

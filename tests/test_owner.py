@@ -1,4 +1,7 @@
-"""A worker ends its engine when the process that made the config was killed, and in no other family of processes."""
+"""A worker ends its engine when the process that made the config was killed, and in no other family of processes.
+
+And it is ended itself when its engine core is gone.
+"""
 
 import contextlib
 import os
@@ -56,3 +59,22 @@ def test_a_worker_without_its_api_server(by_owner, monkeypatch):
             os.kill(process, signal.SIGKILL)
     os.close(at_end)
     assert ended == by_owner
+
+
+def test_a_worker_that_does_not_end_with_its_engine_core(monkeypatch):
+    monkeypatch.setenv("SHIFT_PARALLEL_OWNER", "0")
+    monkeypatch.setattr(owner, "GRACE", 1)
+    server, worker, at_end = start_family(by_owner=True)
+    os.close(at_end)
+    running = psutil.Process(worker)
+    running.parent().kill()
+    try:
+        # It is nobody's child then, so it may stay a zombie.
+        end = time.monotonic() + 10
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while running.status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+    finally:
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)

@@ -81,3 +81,17 @@ def test_nothing_is_said_of_steps_that_end_or_fail(caplog_vllm):
             raise ZeroDivisionError
         time.sleep(2 * LIMIT)
     assert caplog_vllm.messages == []
+
+
+class BrokenDevice(ClockMark):
+    def seconds_since(self, start: ClockMark) -> float:
+        raise RuntimeError("CUDA error")
+
+
+@pytest.mark.parametrize(("mark", "ends"), [(ClockMark, True), (BusyDevice, False), (BrokenDevice, True)])
+def test_whether_the_device_ends(mark, ends):
+    with watch(mark) as found:
+        assert found.device_ends_within(0.05)  # no step has run
+        with found.step(True, 64, 32):
+            pass
+        assert found.device_ends_within(0.05) == ends

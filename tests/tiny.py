@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -68,10 +69,13 @@ MORE_CONFIGS = {
 }  # fmt: skip
 
 
-def make_checkpoint(name: str, folder: Path, seed: int = 0) -> Path:
-    """Write a random fp32 checkpoint of the named architecture, biases and norms random, too, and a tokenizer."""
+def make_checkpoint(name: str, folder: Path, seed: int = 0, **sizes: Any) -> Path:
+    """Write a random fp32 checkpoint of the named architecture, biases and norms random, too, and a tokenizer.
+
+    Fields of its config that ``sizes`` has are other ones.
+    """
     config_cls, extra = (CONFIGS | MORE_CONFIGS)[name]
-    config = config_cls(**(SHAPE | extra))
+    config = config_cls(**(SHAPE | extra | sizes))
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -1,7 +1,8 @@
-"""Ends an engine whose API server was killed without a word.
+"""Ends an engine whose API server was killed without a word, and workers that do not come to their own end.
 
-vLLM's engine core would go on without it, and keep the GPUs from the server that is started next. So a worker kills the
-engine core in such a case; vLLM's workers, this one too, end by themselves when it is gone.
+vLLM's engine core would go on without its API server, and keep the GPUs from the server that is started next. So a
+worker kills the engine core in such a case. vLLM's workers, this one too, end by themselves when that is gone, unless
+their GPU waits for a rank that has ended before: then nobody is left to kill them.
 """
 
 import contextlib
@@ -17,6 +18,9 @@ logger = init_logger(f"vllm.{__name__}")
 
 _VARIABLE = "SHIFT_PARALLEL_OWNER"
 
+# Seconds that a worker has to end in order once its engine core is gone.
+GRACE = 8
+
 
 def name_owner() -> None:
     """In the process that makes the config: let the workers know which one it is."""
@@ -25,6 +29,8 @@ def name_owner() -> None:
 
 def end_with_owner() -> None:
     """In a worker: end the engine when that process has ended, if the engine core between is a process of its own.
+
+    And end this worker when the engine core has ended.
 
     Does nothing where the three are not child, parent and grandparent, as with Ray or an engine within the user's own
     process, whose workers vLLM ends by itself.
@@ -36,15 +42,25 @@ def end_with_owner() -> None:
         handles = os.pidfd_open(core.ppid()), os.pidfd_open(core.pid)
     except OSError:  # not in this kernel or container
         return
-    threading.Thread(target=_kill_after, args=handles, name="OwnerWatch", daemon=True).start()
+    threading.Thread(target=_watch, args=handles, name="OwnerWatch", daemon=True).start()
 
 
-def _kill_after(owner: int, core: int) -> None:
-    """Wait for the end of one process, then kill another; both given as pidfds."""
+def end_within(seconds: int) -> None:
+    """Let this process end in order, but not for longer: then the kernel kills it, whatever it waits for.
+
+    A thread could not do it: the main one may wait for the GPU with the GIL, or in the last part of Python's own end.
+    """
+    signal.alarm(seconds)
+
+
+def _watch(owner: int, core: int) -> None:
+    """Wait for the end of the API server or the engine core, both pidfds; then end what is left, this process, too."""
     poll = select.poll()
-    poll.register(owner, select.POLLIN)  # readable once the process has ended
-    poll.poll()
-    logger.error("Shift Parallelism: the API server is gone without having stopped the engine; stopping it.")
-    # Asked to stop in order, it would wait for the API server to read its last messages.
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(core, signal.SIGKILL)
+    for handle in (owner, core):
+        poll.register(handle, select.POLLIN)  # readable once the process has ended
+    if core not in dict(poll.poll()):
+        logger.error("Shift Parallelism: the API server is gone without having stopped the engine; stopping it.")
+        # Asked to stop in order, it would wait for the API server to read its last messages.
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(core, signal.SIGKILL)
+    end_within(GRACE)

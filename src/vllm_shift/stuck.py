@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from vllm.logger import init_logger
@@ -29,7 +29,10 @@ class _Step:
 
     def has_ended(self) -> bool:
         """Whether the call has returned and the device has come to its end."""
-        return self.end is not None and self.end.seconds_since(self.start) is not None
+        if self.end is None:
+            return False
+        with self.end.on_device():
+            return self.end.seconds_since(self.start) is not None
 
 
 class StuckStepWatch:
@@ -59,6 +62,22 @@ class StuckStepWatch:
             self._step = None
             raise
         step.end = self._mark()
+
+    def device_ends_within(self, seconds: float) -> bool:
+        """Whether the device comes to the end of its work in so many seconds; called where the steps are.
+
+        True, too, where nothing can be said: before the first step, after one that raised, and on a broken device.
+        """
+        if self._step is None:
+            return True
+        end = time.monotonic() + seconds
+        with suppress(RuntimeError):
+            mark = self._mark()
+            while mark.seconds_since(mark) is None:
+                if time.monotonic() > end:
+                    return False
+                time.sleep(0.01)
+        return True
 
     def close(self) -> None:
         """Stop watching."""

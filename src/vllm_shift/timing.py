@@ -1,6 +1,7 @@
 """Two points of a step and the time between them, found without waiting for the device."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,9 @@ class Mark(Protocol):
     def seconds_since(self, start: Any) -> float | None:
         """Seconds from an earlier mark of the same kind to this one; None while the device has not come so far."""
 
+    def on_device(self) -> AbstractContextManager[Any]:
+        """For a thread that has not chosen a device and asks for the time."""
+
 
 class ClockMark:
     """Where the process is: right for the CPU backend, whose steps run in the process itself."""
@@ -22,6 +26,10 @@ class ClockMark:
     def seconds_since(self, start: "ClockMark") -> float:
         """Known at once."""
         return self._now - start._now
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """There is no other device."""
+        return nullcontext()
 
 
 class CudaMark:
@@ -38,3 +46,7 @@ class CudaMark:
     def seconds_since(self, start: "CudaMark") -> float | None:
         """Known once the GPU has passed this mark; asks, and does not wait."""
         return start._event.elapsed_time(self._event) / 1000 if self._event.query() else None
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Without this, CUDA gives such a thread a context on the first GPU, with memory of its own."""
+        return torch.cuda.device(self._event.device)

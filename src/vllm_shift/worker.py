@@ -1,5 +1,6 @@
 """vLLM's stock workers with the mode switch built in; ``ParallelConfig.worker_cls`` names them."""
 
+import os
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_s
 from vllm_shift.limits import TESTED
 from vllm_shift.lora import attach_adapters
 from vllm_shift.metrics import open_counts
-from vllm_shift.owner import end_with_owner
+from vllm_shift.owner import end_with_owner, end_within
 from vllm_shift.self_check import SelfCheck
 from vllm_shift.slots import Slots
 from vllm_shift.stats import StepCounter
@@ -170,6 +171,8 @@ class ShiftWorkerMixin(WorkerBase):
             logger.error("Rank %d: %s", self.rank, describe_failure(error, in_sp, num_tokens, max_tp_tokens))
             if self.rank != 0 and self.parallel_config.distributed_executor_backend == "mp":
                 # The executor hears of an error from rank 0 only, which may wait for this rank in a collective.
+                # Of a process it hears once that has ended, and groups of GPUs may be waited for at the end.
+                end_within(4)
                 raise SystemExit(1) from error
             raise
 
@@ -210,6 +213,10 @@ class ShiftWorkerMixin(WorkerBase):
         """As the stock worker; then our process groups, where no CUDA graph may still hold their communicators."""
         self.shift_counter.close()
         self._watch.close()
+        if self.parallel_config.distributed_executor_backend == "mp" and not self._watch.device_ends_within(2):
+            # What follows would wait, too, until the executor kills this process after 9 s; clients hear of it then.
+            logger.error("Rank %d: the device waits for a rank that is gone; ending without it.", self.rank)
+            os._exit(1)
         super().shutdown()
         if current_platform.is_cpu():
             for group in self._shift_groups:
