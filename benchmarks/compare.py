@@ -18,6 +18,7 @@ import json
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -158,16 +159,27 @@ FIGURES = (
 
 
 class Server:
-    """A contender that runs; a context manager, which starts it without waiting until it is up."""
+    """A contender that runs; a context manager, which starts it without waiting until it is up.
+
+    Raises:
+        RuntimeError: its port is in use, so another server would be measured in its place.
+    """
 
     def __init__(self, contender: Contender, model: Path, flags: list[str], log: Path, port: int) -> None:
-        self.url, self._log, self._env = f"http://127.0.0.1:{port}", log, os.environ | contender.env
+        self.url, self._port, self._log = f"http://127.0.0.1:{port}", port, log
+        self._env = os.environ | contender.env
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port),
             "--load-format", "dummy", "--no-enable-prefix-caching", *contender.flags, *flags,
         ]  # fmt: skip
 
     def __enter__(self) -> "Server":
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self._port))
+            except OSError as error:
+                raise RuntimeError(f"{self.url} is in use: stop what runs there first") from error
         self._begin = time.monotonic()
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
@@ -195,8 +207,8 @@ class Server:
         Raises:
             RuntimeError: it did not come up; holds the end of its log.
         """
-        while not self._is_healthy():
-            if self._process.poll() is not None or time.monotonic() - self._begin > patience_s:
+        while (ended := self._process.poll() is not None) or not self._is_healthy():
+            if ended or time.monotonic() - self._begin > patience_s:
                 raise RuntimeError(f"the server did not start; {self._log} ends:\n{self._log.read_text()[-2000:]}")
             time.sleep(0.5)
         # With data parallelism each replica says its own.
@@ -342,6 +354,8 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=600, help="seconds that a server may take to start")
     parser.add_argument("server_flags", nargs="*", help="more flags for every server, after --")
     args = parser.parse_args()
+    # Where a time limit ends this command, its servers have to end, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args.folder.mkdir(parents=True, exist_ok=True)
     chosen = {name: each for name, each in contenders(args.gpus).items() if name in (args.contenders or (name,))}
     model = write_config(SHAPES[args.shape], args.folder, tokenizer=True)
