@@ -50,6 +50,7 @@ MORE_CONFIGS = {
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0},
     ),
     "glm4": (transformers.Glm4Config, {"partial_rotary_factor": 0.5, "tie_word_embeddings": False, "pad_token_id": 0}),
+    "olmo2": (transformers.Olmo2Config, {"pad_token_id": 0, "num_key_value_heads": 4}),
     "olmo3": (transformers.Olmo3Config, {"pad_token_id": 0, "num_key_value_heads": 4, **LAYER_TYPES}),
     "mixtral": (
         transformers.MixtralConfig,

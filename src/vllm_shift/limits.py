@@ -30,7 +30,10 @@ ARCHITECTURES = (
 # Tested with images, too, on the CPU backend. The part that encodes them runs as in TP mode.
 MULTIMODAL_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)
 
-TESTED = ARCHITECTURES + MULTIMODAL_ARCHITECTURES
+# Likewise tested; vLLM has no implementation of its own and takes that of transformers.
+ARCHITECTURES_OF_TRANSFORMERS = ("Olmo2ForCausalLM",)
+
+TESTED = ARCHITECTURES + MULTIMODAL_ARCHITECTURES + ARCHITECTURES_OF_TRANSFORMERS
 
 # All of them fill parameters through the weight loaders that know the slots.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy")
