@@ -18,14 +18,17 @@ SP = 2
 THRESHOLD = 4
 
 # Variables, as the processes of an engine get nothing else from the command. The first two name files.
-RESULTS, STEPS, EAGER = "VLLM_CASES_RESULTS", "VLLM_CASES_STEPS", "VLLM_CASES_EAGER"
+RESULTS, STEPS, EAGER, HOW = "VLLM_CASES_RESULTS", "VLLM_CASES_STEPS", "VLLM_CASES_EAGER", "VLLM_CASES_HOW"
+
+# Values of the last: as the tests say; on as many ranks as with Shift Parallelism, which rounds like it; and with it.
+STOCK, STOCK_TP, SHIFT = "stock", "stock-tp", "shift"
 
 # Of the test that runs.
 outcome: dict[str, str] = {}
 
 
 def register() -> None:
-    """Entry point ``vllm.general_plugins``: change the engine arguments, and with the plugin on note the steps."""
+    """Entry point ``vllm.general_plugins``: change the engine arguments, and note the steps."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_shift import plugin
@@ -37,11 +40,13 @@ def register() -> None:
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.enforce_eager = self.enforce_eager or EAGER in os.environ
-        if STEPS in os.environ:
+        if os.environ[HOW] == STOCK_TP:
+            self.tensor_parallel_size = SP
+        if os.environ[HOW] == SHIFT:
             self.ulysses_sequence_parallel_size, self.enable_shift_parallel = SP, True
             self.shift_parallel_threshold = THRESHOLD
-            if self.distributed_executor_backend == "uni":  # of one rank
-                self.distributed_executor_backend = "mp"
+        if os.environ[HOW] != STOCK and self.distributed_executor_backend == "uni":  # of one rank
+            self.distributed_executor_backend = "mp"
         return create(self, *args, **kwargs)
 
     @functools.wraps(step)
@@ -72,6 +77,5 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 def _steps() -> tuple[int, int]:
     """Steps in TP mode and in SP mode; each rank has noted all of them."""
-    path = os.environ.get(STEPS)
-    text = Path(path).read_text() if path else ""
+    text = Path(os.environ[STEPS]).read_text()
     return text.count("t") // SP, text.count("s") // SP
