@@ -130,6 +130,25 @@ def test_positions_have_the_rows_of_hidden_states_where_all_attention_is_gathere
     assert len(step(model, 9)) == 9
 
 
+class LearnsPositions(Model):
+    """Adds an embedding of positions to those of tokens, as OPT and GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_positions = nn.Embedding(64, 4)
+
+    def forward(self, input_ids, positions):
+        return super().forward(input_ids, positions) + self.embed_positions(positions)
+
+
+def test_learned_positions_have_the_rows_of_hidden_states(make):
+    switch, _ = make(2, 1, 0)
+    model = LearnsPositions()
+    switch.attach(model, VLLM_CONFIG)
+    assert step(model, 9).shape == (9, 4)
+    assert model.calls[0][1].tolist() == [5, 6, 7, 8, 0]
+
+
 def test_a_failed_step_leaves_sp_mode(make):
     switch, model = make(2, 0, 4)
     model.fails = True

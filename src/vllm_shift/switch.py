@@ -37,7 +37,8 @@ class ModeSwitch:
         through_peers: exchange through each other's memory, see ``peers.py``.
         own_tokens: LoRA adapters of this rank's tokens, see ``lora.py``; None without LoRA.
         position_repeats: rows of ``positions`` a token in SP mode: S for rotary embedding of folded views, 1 where no
-            attention layer has them (code like DeepSeek-V2's compares these rows with those of hidden states).
+            attention layer has them (code like DeepSeek-V2's compares these rows with those of hidden states), or where
+            positions are learned, and their embeddings added to hidden states.
         attention_layers: that exchange tokens for heads.
     """
 
@@ -80,7 +81,8 @@ class ModeSwitch:
             raise NotImplementedError(f"{type(model).__name__} has layers that SP mode does not know: {unknown}")
         if not layers and not inside:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
-        self.position_repeats = 1 if of_transformers or not layers else self.dims.sp
+        unfolded = of_transformers or not layers or _learns_positions(model)
+        self.position_repeats = 1 if unfolded else self.dims.sp
         self._most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
         if layers and current_platform.is_cuda():
             # Not at the top: the CPU backend has no Triton.
@@ -211,6 +213,13 @@ class ModeSwitch:
             return x
         rows = self.dims.local_tokens(self._num_tokens) * self.dims.sp
         return torch.cat((x, x.new_zeros(rows - len(x), *x.shape[1:])))
+
+
+def _learns_positions(model: nn.Module) -> bool:
+    """Whether positions are looked up in a table, as GPT-2's and OPT's, and not rotated with."""
+    modules = list(model.modules())
+    rotates = any("Rotary" in type(module).__name__ for module in modules)
+    return not rotates and any(isinstance(module, nn.Embedding) for module in modules)
 
 
 class _Called:
