@@ -1,4 +1,4 @@
-"""Servers with the same GPUs, one after the other, under the same traffic: stock vLLM, vllm-shift and Arctic Inference.
+"""Servers with the same GPUs under the same traffic, one after the other: stock vLLM, vllm-shift and Arctic Inference.
 
 Every contender is a server of its own; every workload is a trace, sent as ``vllm-shift replay`` does. Results are kept
 in a folder, one file a contender and workload, so a second run of the same command does only what is missing, and what
@@ -188,6 +188,9 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         self.ask_to_end()
         try:
             self._process.wait(60)
@@ -257,33 +260,39 @@ def run_contenders(args: argparse.Namespace, group: dict[str, Contender], model:
         + (["server"] if args.together == 1 and not result_file(args.folder, name, "server").exists() else [])
         for name in group
     }
+    servers: dict[str, Server] = {}
+
+    def give_up(name: str, error: RuntimeError) -> None:
+        failed = args.folder / name.replace(" ", "-") / "failed.txt"
+        failed.write_text(str(error))
+        print(f"{name} failed, see {failed}", flush=True)
+        servers.pop(name).stop()  # so that the others have the GPUs to themselves
+
     with contextlib.ExitStack() as stack:
-        servers = {}
         for port, (name, contender) in enumerate(group.items(), FIRST_PORT):
             if missing[name]:
                 log = result_file(args.folder, name, "server").with_suffix(".log")
                 log.parent.mkdir(exist_ok=True)
+                (log.parent / "failed.txt").unlink(missing_ok=True)
                 servers[name] = stack.enter_context(Server(contender, model, args.server_flags, log, port))
-        for name, server in servers.items():
-            print(f"{name}: {', '.join(missing[name])}", flush=True)
-            failed = args.folder / name.replace(" ", "-") / "failed.txt"
-            failed.unlink(missing_ok=True)
+        # Before the stack waits for the end of one after the other.
+        stack.callback(lambda: [server.ask_to_end() for server in servers.values()])
+        for name, server in list(servers.items()):
             try:
                 facts = server.wait(args.patience)
                 if args.together == 1:
                     result_file(args.folder, name, "server").write_text(json.dumps(facts))
-                for other in servers.values():
-                    with contextlib.suppress(RuntimeError):  # the other one's turn says so
-                        other.wait(args.patience)
+            except RuntimeError as error:
+                give_up(name, error)
+        for name, server in list(servers.items()):
+            print(f"{name}: {', '.join(missing[name])}", flush=True)
+            try:
                 for key in (key for key in missing[name] if key in chosen):
                     report = run_workload(chosen[key], server.url, seed=100 * len(key))
                     result_file(args.folder, name, key).write_text(json.dumps(report))
                     print(f"{name}: {key} done", flush=True)
             except RuntimeError as error:
-                failed.write_text(str(error))
-                print(f"{name} failed, see {failed}", flush=True)
-        for server in servers.values():
-            server.ask_to_end()
+                give_up(name, error)
 
 
 def collect(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:

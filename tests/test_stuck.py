@@ -1,5 +1,6 @@
 """What the log says of a step that does not end, and that it says nothing of others."""
 
+import contextlib
 import threading
 import time
 from contextlib import contextmanager
@@ -92,6 +93,9 @@ class BrokenDevice(ClockMark):
 def test_whether_the_device_ends(mark, ends):
     with watch(mark) as found:
         assert found.device_ends_within(0.05)  # no step has run
+        with contextlib.suppress(ZeroDivisionError), found.step(True, 64, 32):
+            raise ZeroDivisionError
+        assert found.device_ends_within(0.05) == ends
         with found.step(True, 64, 32):
             pass
         assert found.device_ends_within(0.05) == ends

@@ -42,14 +42,18 @@ def end_with_owner() -> None:
         handles = os.pidfd_open(core.ppid()), os.pidfd_open(core.pid)
     except OSError:  # not in this kernel or container
         return
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # for the thread, which cannot
     threading.Thread(target=_watch, args=handles, name="OwnerWatch", daemon=True).start()
 
 
 def end_within(seconds: int) -> None:
-    """Let this process end in order, but not for longer: then the kernel kills it, whatever it waits for.
+    """Let this process end in order, but not for longer: then the kernel kills it, whatever it waits for by then.
 
-    A thread could not do it: the main one may wait for the GPU with the GIL, or in the last part of Python's own end.
+    A thread that waits so long could not do it: the main one may wait for the GPU with the GIL, or in the last part of
+    Python's own end.
     """
+    with contextlib.suppress(ValueError):  # in another thread than the main one
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds)
 
 

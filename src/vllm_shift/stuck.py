@@ -47,6 +47,7 @@ class StuckStepWatch:
     def __init__(self, rank: int, mark: Callable[[], Mark], limit: float) -> None:
         self._rank, self._mark, self._limit = rank, mark, limit
         self._step: _Step | None = None
+        self._has_run = False
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="StuckStepWatch", daemon=True).start()
 
@@ -55,6 +56,7 @@ class StuckStepWatch:
         """Watch the step that runs inside, until its end on the device or until the next one."""
         mode = "SP" if in_sp else "TP"
         description = f"A step in {mode} mode of {num_tokens} tokens (threshold {max_tp_tokens})"
+        self._has_run = True
         step = self._step = _Step(time.monotonic(), threading.get_ident(), description, self._mark())
         try:
             yield
@@ -66,9 +68,9 @@ class StuckStepWatch:
     def device_ends_within(self, seconds: float) -> bool:
         """Whether the device comes to the end of its work in so many seconds; called where the steps are.
 
-        True, too, where nothing can be said: before the first step, after one that raised, and on a broken device.
+        True, too, where nothing can be said: before the first step and on a broken device.
         """
-        if self._step is None:
+        if not self._has_run:
             return True
         end = time.monotonic() + seconds
         with suppress(RuntimeError):

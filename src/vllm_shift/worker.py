@@ -1,6 +1,5 @@
 """vLLM's stock workers with the mode switch built in; ``ParallelConfig.worker_cls`` names them."""
 
-import os
 from typing import Any
 
 import torch
@@ -171,8 +170,8 @@ class ShiftWorkerMixin(WorkerBase):
             logger.error("Rank %d: %s", self.rank, describe_failure(error, in_sp, num_tokens, max_tp_tokens))
             if self.rank != 0 and self.parallel_config.distributed_executor_backend == "mp":
                 # The executor hears of an error from rank 0 only, which may wait for this rank in a collective.
-                # Of a process it hears once that has ended, and groups of GPUs may be waited for at the end.
-                end_within(4)
+                # Of a process it hears once that has ended, and the end of GPUs' groups may wait for other ranks.
+                end_within(2 if current_platform.is_cuda() else 4)
                 raise SystemExit(1) from error
             raise
 
@@ -214,9 +213,9 @@ class ShiftWorkerMixin(WorkerBase):
         self.shift_counter.close()
         self._watch.close()
         if self.parallel_config.distributed_executor_backend == "mp" and not self._watch.device_ends_within(2):
-            # What follows would wait, too, until the executor kills this process after 9 s; clients hear of it then.
-            logger.error("Rank %d: the device waits for a rank that is gone; ending without it.", self.rank)
-            os._exit(1)
+            # The end of the model runner would wait, too, until the executor kills this process 9 s after it asked.
+            logger.error("Rank %d: the device is still busy, maybe with waiting for a rank that is gone.", self.rank)
+            end_within(1)
         super().shutdown()
         if current_platform.is_cpu():
             for group in self._shift_groups:
