@@ -368,7 +368,9 @@ def look_at_the_end(
     outcome.left += sorted(f"TMPDIR/{path.name}" for path in running.folder.rglob("*") if not path.is_dir())
     log = running.log.read_text().splitlines()
     ours = [
-        line for line in log if re.search(r"A step in .P mode|Shift Parallelism: the API server|the device waits", line)
+        line
+        for line in log
+        if re.search(r"A step in .P mode|Shift Parallelism: the API server|the device is still busy", line)
     ]
     lines = ours + [line for line in log if re.search(r"ERROR|died|dead", line)]
     outcome.cause = " | ".join(re.sub(r"^.*?\] ", "", line)[:250] for line in (ours[:2] or lines[:1]))
