@@ -216,8 +216,9 @@ def everything_unsupported(name):
         load_config=SimpleNamespace(load_format="gguf"),
         device_config=SimpleNamespace(device_type="xpu"),
         model_config=SimpleNamespace(
-            runner_type="pooling", is_moe=True, quantization="fp8", architecture="FalconForCausalLM"
+            runner_type="pooling", is_moe=True, quantization="fp8", architecture="Olmo2ForCausalLM"
         ),
+        additional_config={"shift_parallel": {"tensor_parallel_size": 2}},
     )  # fmt: skip
     return {"model": model, "engine": engine}[name]
 

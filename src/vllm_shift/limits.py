@@ -10,6 +10,8 @@ from typing import Any
 from vllm import envs
 from vllm.config import CompilationMode
 
+from vllm_shift.config import CONFIG_KEY
+
 # Each is tested against transformers and stock vLLM, in both modes. Others run by the self-check only.
 ARCHITECTURES = (
     "Gemma2ForCausalLM",
@@ -154,6 +156,15 @@ UNCHECKED_LIMITS = (
 )
 
 ENGINE_LIMITS = (
+    Limit(
+        # vLLM's norms over all heads in code of transformers gather from all P ranks, those of SP mode are on T.
+        "OLMo 2 with a tensor parallel size above 1",
+        lambda config: (
+            config.model_config.architecture == "Olmo2ForCausalLM"
+            and config.additional_config[CONFIG_KEY]["tensor_parallel_size"] > 1
+        ),
+        "set --tensor-parallel-size 1, and --ulysses-sequence-parallel-size to the number of ranks",
+    ),
     Limit(
         "pipeline parallelism on CUDA",
         _on_cuda(_above_one("pipeline_parallel_size")),
