@@ -246,9 +246,14 @@ def run_workload(workload: Workload, url: str, seed: int) -> dict[str, Any]:
     return report
 
 
+def folder_of(folder: Path, name: str) -> Path:
+    """Where everything of a contender is kept."""
+    return folder / name.replace(" ", "-")
+
+
 def result_file(folder: Path, name: str, workload: str) -> Path:
     """Where the result of a contender's workload is kept."""
-    return folder / name.replace(" ", "-") / f"{workload.replace(' ', '-').replace('/', '-')}.json"
+    return folder_of(folder, name) / f"{workload.replace(' ', '-').replace('/', '-')}.json"
 
 
 def run_contenders(args: argparse.Namespace, group: dict[str, Contender], model: Path) -> None:
@@ -263,7 +268,7 @@ def run_contenders(args: argparse.Namespace, group: dict[str, Contender], model:
     servers: dict[str, Server] = {}
 
     def give_up(name: str, error: RuntimeError) -> None:
-        failed = args.folder / name.replace(" ", "-") / "failed.txt"
+        failed = folder_of(args.folder, name) / "failed.txt"
         failed.write_text(str(error))
         print(f"{name} failed, see {failed}", flush=True)
         servers.pop(name).stop()  # so that the others have the GPUs to themselves
@@ -271,10 +276,11 @@ def run_contenders(args: argparse.Namespace, group: dict[str, Contender], model:
     with contextlib.ExitStack() as stack:
         for port, (name, contender) in enumerate(group.items(), FIRST_PORT):
             if missing[name]:
-                log = result_file(args.folder, name, "server").with_suffix(".log")
-                log.parent.mkdir(exist_ok=True)
-                (log.parent / "failed.txt").unlink(missing_ok=True)
-                servers[name] = stack.enter_context(Server(contender, model, args.server_flags, log, port))
+                folder = folder_of(args.folder, name)
+                folder.mkdir(exist_ok=True)
+                (folder / "failed.txt").unlink(missing_ok=True)
+                server = Server(contender, model, args.server_flags, folder / "server.log", port)
+                servers[name] = stack.enter_context(server)
         # Before the stack waits for the end of one after the other.
         stack.callback(lambda: [server.ask_to_end() for server in servers.values()])
         for name, server in list(servers.items()):
