@@ -60,6 +60,8 @@ def contenders(gpus: int) -> dict[str, Contender]:
         "stock DP": Contender(("--data-parallel-size", str(gpus)), stock),
         "shift 256": Contender((*shift, "256"), ours),
         "shift auto": Contender((*shift, "auto"), ours),
+        # As many tokens a step and rank as with data parallelism, where vLLM's default is 8192 an engine.
+        "shift wide": Contender((*shift, "256", "--max-num-batched-tokens", str(8192 * gpus)), ours),
         "shift V1": Contender((*shift, "256"), ours | {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
         "ulysses": Contender(ulysses, ours),
         "arctic": Contender((*shift, "256"), arctic),

@@ -7,19 +7,36 @@ import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
+from vllm.model_executor.layers.linear import RowParallelLinear
 
 from vllm_shift.gathered import Gather, gathered_modules
 
 
 class Switch:
-    """Rank 1 of an SP group of 2 whose ranks have the same tokens, which fill all rows."""
+    """Rank 1 of an SP group of 2 and a TP group of 3 whose ranks have the same tokens, which fill all rows.
+
+    Each of the P = 6 ranks has the same partial sums. ``values`` counts what a rank sends, as in a ring.
+    """
 
     dims = SimpleNamespace(sp=2, sp_rank=1)
     position_repeats = 2
-    sp_group = SimpleNamespace(all_gather=lambda x, dim: torch.cat([x, x], dim))
 
     def __init__(self, in_sp: bool) -> None:
-        self.in_sp = in_sp
+        self.in_sp, self.values = in_sp, 0.0
+        self.sp_group = SimpleNamespace(all_gather=self._all_gather, reduce_scatter=self._reduce_scatter)
+
+    def _all_gather(self, x, dim):
+        self.values += x.numel()
+        return torch.cat([x, x], dim)
+
+    def _reduce_scatter(self, x, dim):
+        self.values += x.numel() / 2
+        return 2 * x.chunk(2, dim)[1]
+
+    def all_reduce_tp(self, x):
+        self.values += 2 * 2 / 3 * x.numel()
+        return 3 * x
 
     def without_padding(self, x):
         return x
@@ -67,13 +84,117 @@ def test_a_rank_keeps_its_tokens_of_the_whole(rows):
     assert torch.allclose(found[1], expected[1][rows:])
 
 
+class Routes(nn.Module):
+    """Is given hidden states twice, as experts that route by themselves."""
+
+    def forward(self, hidden_states, router_logits):
+        return (hidden_states * router_logits).cumsum(0)
+
+
 def test_the_hooks_can_be_traced():
-    model = Model(in_sp=True)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    model, routes, switch = Model(in_sp=True), Routes(), Switch(in_sp=True)
+    Gather(switch, routes)
+
+    def whole(positions, hidden_states):
+        return *model(positions, hidden_states), routes(hidden_states, hidden_states)
+
+    compiled = torch.compile(whole, fullgraph=True, backend="eager")
     for rows in (4, 6):
         inputs = torch.arange(rows).repeat_interleave(2), torch.randn(rows, 3)
-        for ours, expected in zip(compiled(*inputs), model(*inputs), strict=True):
+        switch.values = 0.0
+        found, counted = compiled(*inputs), switch.values
+        switch.values = 0.0
+        for ours, expected in zip(found, whole(*inputs), strict=True):
             assert torch.equal(ours, expected)
+        assert counted == switch.values == rows * 3
+
+
+class Row(RowParallelLinear):
+    """Doubles; sums over 6 ranks with the same partial sums."""
+
+    def __init__(self, tp_size: int = 6) -> None:
+        nn.Module.__init__(self)
+        self.reduce_results, self.tp_size = True, tp_size
+
+    def forward(self, x):
+        return (6 if self.reduce_results and self.tp_size > 1 else 1) * 2 * x, None
+
+
+class Mixes(nn.Module):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.rows = nn.ModuleList(Row(size) for size in sizes)
+
+    def forward(self, hidden_states):
+        x = hidden_states.cumsum(0)
+        for row in self.rows:
+            x, _ = row(x)
+        return x
+
+
+class MixesInto(Mixes):
+    def forward(self, hidden_states, output):
+        output.copy_(super().forward(hidden_states))
+
+
+class Experts(MoERunnerInterface):
+    """Sums over ranks unless told not to; may have such a layer inside, whose sum is its own."""
+
+    def __init__(self, is_sequence_parallel: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.moe_config = SimpleNamespace(
+            skip_final_all_reduce=False,
+            is_sequence_parallel=is_sequence_parallel,
+            moe_parallel_config=SimpleNamespace(use_all2all_kernels=False),
+        )
+        self.router, self.shared = None, Row()
+
+    def forward(self, hidden_states, router_logits):
+        x, _ = self.shared((hidden_states + router_logits).cumsum(0) / 12)
+        return x if self.moe_config.skip_final_all_reduce else 6 * x
+
+
+Experts.__abstractmethods__ = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("make", "sums"),
+    [
+        (lambda: Mixes(6), True),
+        (lambda: MixesInto(6), True),
+        (Experts, True),
+        # Which of two sums is the last one is not known; a layer of one rank's own has none.
+        (lambda: Mixes(6, 6), False),
+        (lambda: Mixes(1), False),
+        (lambda: Experts(is_sequence_parallel=True), False),
+    ],
+    ids=["returns", "writes", "experts", "two layers", "no sum", "sums elsewhere"],
+)
+def test_a_sum_over_ranks_costs_no_more_than_in_tp_mode(make, sums):
+    module, switch = make(), Switch(in_sp=True)
+    gather = Gather(switch, module)
+
+    def run(x):
+        if isinstance(module, Experts):
+            return module(x, router_logits=x)
+        if not isinstance(module, MixesInto):
+            return module(x)
+        module(x, output=(output := torch.zeros_like(x)))
+        return output
+
+    x = torch.randn(4, 3)
+    switch.in_sp = False
+    expected = run(torch.cat([x, x]))[4:]
+    assert switch.values == 0
+    for _ in range(2):
+        switch.in_sp, switch.values = True, 0.0
+        gather.take_over_sums(True)
+        assert torch.allclose(run(x), expected)
+        gather.take_over_sums(False)
+        switch.in_sp = False
+        assert torch.allclose(run(torch.cat([x, x]))[4:], expected)
+    values_of_tp = 2 * 5 / 6 * (8 * 3)
+    assert switch.values == (pytest.approx(values_of_tp) if sums else x.numel())
 
 
 class FakeAttention(Attention):
@@ -95,12 +216,18 @@ class NormOverAllHeads(Plain):
         return self.norm(tensor_model_parallel_all_gather(x))
 
 
+class ExpertsOnTheirOwn(NormOverAllHeads):
+    """Calls it only with vLLM's sequence parallelism of experts."""
+
+    is_sequence_parallel = False
+
+
 class Whole(nn.Module):
     """Calls a collective, but is no layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Plain(), NormOverAllHeads()])
+        self.layers = nn.ModuleList([Plain(), NormOverAllHeads(), ExpertsOnTheirOwn()])
 
     def forward(self, x):
         return tensor_model_parallel_all_gather(x)

@@ -8,6 +8,7 @@ from torch import nn
 from vllm.config import CompilationMode
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
 from vllm_shift import switch as switch_module
@@ -117,9 +118,16 @@ class GathersOnly(nn.Module):
         super().__init__()
         self.mla = MultiHeadLatentAttentionWrapper.__new__(MultiHeadLatentAttentionWrapper)
         nn.Module.__init__(self.mla)
+        self.mla.o_proj = RowParallelLinear.__new__(RowParallelLinear)
+        nn.Module.__init__(self.mla.o_proj)
+        self.mla.o_proj.reduce_results, self.mla.o_proj.tp_size = True, 2
+        self.sums: list[bool] = []
 
     def forward(self, input_ids, positions):
         assert len(input_ids) == len(positions)
+        self.sums.append(self.mla.o_proj.reduce_results)
+        if len(self.sums) == 3:
+            raise RuntimeError("out of memory")
         return input_ids.float().unsqueeze(-1)
 
 
@@ -128,6 +136,18 @@ def test_positions_have_the_rows_of_hidden_states_where_all_attention_is_gathere
     model = GathersOnly()
     switch.attach(model, VLLM_CONFIG)
     assert len(step(model, 9)) == 9
+
+
+def test_gathered_layers_leave_out_their_all_reduce_in_sp_mode_only(make):
+    switch, _ = make(2, 1, 5)
+    model = GathersOnly()
+    switch.attach(model, VLLM_CONFIG)
+    step(model, 5)
+    step(model, 6)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(model, 6)
+    step(model, 5)
+    assert model.sums == [True, False, False, True]
 
 
 class LearnsPositions(Model):

@@ -69,8 +69,7 @@ class ModeSwitch:
         Raises:
             NotImplementedError: the model has no attention layer to exchange at.
         """
-        for _, module in gathered_modules(model):
-            Gather(self, module)
+        self._gathers = [Gather(self, module) for _, module in gathered_modules(model)]
         inside = inside_gathered(model)
         layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
         layers = [layer for layer in layers if layer not in inside]
@@ -128,6 +127,8 @@ class ModeSwitch:
             else:
                 raise NotImplementedError(f"{type(model).__name__} takes {name}, which SP mode does not know")
         self.in_sp, self._num_tokens = True, num_tokens
+        for gather in self._gathers:
+            gather.take_over_sums(True)
         if self.own_tokens is not None:
             self.own_tokens.take(num_tokens)
         if self._twins and not self.eager:
@@ -173,6 +174,8 @@ class ModeSwitch:
         if not self.in_sp:
             return None
         self.in_sp = False
+        for gather in self._gathers:
+            gather.take_over_sums(False)
         self._twins.swap_out()
         get_forward_context().skip_compiled = False
         if output is None:  # the model raised
