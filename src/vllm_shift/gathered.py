@@ -3,8 +3,8 @@
 Such a module mixes tokens (a state space model), heads (a norm over all heads), or has TP built into its own kernels
 (experts). In SP mode an all-gather over the SP group gives it all N tokens, it runs with TP=P's weights, and its sum
 over ranks leaves each with the result of its n tokens: a reduce-scatter over the SP group and an all-reduce over the TP
-group, together with the all-gather as many bytes as the all-reduce over P ranks of TP mode. Its layers need no slots.
-Hooks do this, from outside.
+group, together with the all-gather as many bytes as the all-reduce over P ranks of TP mode. (A module of several such
+sums keeps its all-reduces, and each rank its rows of the result.) Its layers need no slots. Hooks do it, from outside.
 """
 
 import inspect
