@@ -1,5 +1,7 @@
 """A server that breaks while clients stream: they are told soon, the log says why, and no process stays."""
 
+import signal
+
 import faults
 import pytest
 import tiny
@@ -25,6 +27,8 @@ def test_a_rank_that_raises_in_sp_mode_only(model, tmp_path):
     assert outcome.clients == [f"{faults.CLIENTS + 1} x error in the stream"]
     assert "(threshold 14) failed in model.layers.1.self_attn.o_proj: RuntimeError: planted" in outcome.cause
     assert "A step in SP mode of 16 tokens" in outcome.cause
+    assert outcome.exit_code == 1
+    assert "the API server ends with exit code 1" in (tmp_path / "server.log").read_text()
     assert_clean_end(outcome)
 
 
@@ -32,4 +36,5 @@ def test_an_api_server_that_is_killed_takes_its_engine_along(model, tmp_path):
     outcome = faults.try_kill("SP mode", "API server", "decode", model, free_ports(1), tmp_path / "server")
     assert outcome.clients == [f"{faults.CLIENTS} x RemoteProtocolError"]
     assert "the API server is gone" in outcome.cause
+    assert outcome.exit_code == -signal.SIGKILL
     assert_clean_end(outcome)

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +12,14 @@ import tiny
 import vllm
 from rank_group import CASES
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.model_executor import custom_op
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_shift
 from vllm_shift import limits, plugin, translate
 from vllm_shift.config import CONFIG_KEY
+from vllm_shift.exit_code import ExitCode
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -65,6 +68,33 @@ def test_flags_survive_a_process_that_reads_them_before_it_loads_plugins(args_cl
     wrong = ["--additional-config", '{"shift_parallel": {"ulysses_sequence_parallel_size": 4}}']
     with pytest.raises(ValueError, match=r"4 in additional.*give it once"):
         translate.read_settings(args_cls.from_cli_args(parser.parse_args(flags + wrong)))
+
+
+def test_api_servers_gain_the_exit_code(llama, monkeypatch):
+    parser = make_arg_parser(FlexibleArgumentParser())
+    model = ["--model", llama]
+    flags = [*model, "--ulysses-sequence-parallel-size", "2"]
+    settings = [*model, "--additional-config", '{"shift_parallel": {"ulysses_sequence_parallel_size": 2}}']
+    name = "vllm_shift.exit_code.ExitCode"
+
+    def middleware(words):
+        args = parser.parse_args(words)
+        AsyncEngineArgs.from_cli_args(args)
+        AsyncEngineArgs.from_cli_args(args)  # as the parent of several API servers and each of these do
+        return args.middleware
+
+    assert resolve_name(name) is ExitCode
+    for words in (flags, settings):
+        assert middleware(words) == [name]
+        assert middleware([*words, "--middleware", "my.own"]) == ["my.own", name]
+    off = [*model, "--additional-config", '{"shift_parallel": {"self_check": false}}']
+    for words in (model, off):
+        assert middleware(words) == []
+    engine_only = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags)
+    EngineArgs.from_cli_args(engine_only)
+    assert not hasattr(engine_only, "middleware")
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert middleware(flags) == []
 
 
 def test_help_shows_the_flags_in_a_group_of_their_own():

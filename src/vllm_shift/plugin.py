@@ -118,7 +118,7 @@ def _add_flags(engine_args: Any) -> None:
 
 
 def _add_handover(engine_args: Any) -> None:
-    """Let ``from_cli_args`` copy the flags to ``additional_config``, which no process loses.
+    """Let ``from_cli_args`` copy the flags to ``additional_config``, which no process loses, and add ``ExitCode``.
 
     API server processes of their own are given the parsed arguments, and read them before they load plugins.
     """
@@ -131,8 +131,14 @@ def _add_handover(engine_args: Any) -> None:
         given = {field.name: flags[field.name] for field in fields if flags[field.name] != field.default}
         others = getattr(args, "additional_config", None) or {}
         settings = others.get(CONFIG_KEY, {})
-        if given and isinstance(settings, dict):
-            args.additional_config = others | {CONFIG_KEY: given | settings}
+        if isinstance(settings, dict):
+            settings = given | settings
+            if given:
+                args.additional_config = others | {CONFIG_KEY: settings}
+            if settings.get("ulysses_sequence_parallel_size", 1) != 1:
+                from vllm_shift.exit_code import add_exit_code
+
+                add_exit_code(args)
         return stock_from_cli_args(cls, args)
 
     engine_args.from_cli_args = classmethod(from_cli_args)
