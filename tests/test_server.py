@@ -96,6 +96,7 @@ class Server:
             if left:
                 os.killpg(self.process.pid, signal.SIGKILL)
         assert left == []
+        assert self.process.returncode == 0
 
     def processes(self) -> list[str]:
         found = subprocess.run(["ps", "-o", "pid=,stat=,args=", "--sid", str(self.process.pid)], capture_output=True)
@@ -115,7 +116,6 @@ def server(model, tmp_path_factory):
     server.wait_until_ready(400)
     yield server
     server.stop()
-    assert server.process.returncode == 0
 
 
 def tokens(count: int, start: int = 3) -> list[int]:

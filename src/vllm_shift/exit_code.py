@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Seconds that vLLM has to clean up.
+# Seconds that vLLM has to clean up, which it does in a few.
 GRACE = 3600
 
 
@@ -54,8 +54,9 @@ class ExitCode:
 
 
 def _watch_for_stops() -> list[int]:
-    """A list that gains each SIGINT and SIGTERM that comes; what handles them now goes on to."""
+    """A list that gains every SIGINT and SIGTERM from now on; they are handled as before."""
     stops: list[int] = []
+    # uvicorn, which runs the application, has its own handlers in place by now and takes them away when it ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(number)
         if callable(handler):
