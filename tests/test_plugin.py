@@ -97,6 +97,18 @@ def test_api_servers_gain_the_exit_code(llama, monkeypatch):
     assert middleware(flags) == []
 
 
+def test_servers_that_would_lose_the_flags_are_refused(llama, capsys):
+    parser = make_arg_parser(FlexibleArgumentParser())
+    flags = ["--ulysses-sequence-parallel-size", "2"]
+    ports = ["--data-parallel-multi-port-external-lb"]
+    for words in (flags + ports, ports + flags):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--model", llama, *words])
+        assert "not allowed with argument" in capsys.readouterr().err
+    for words in (flags, ports):
+        parser.parse_args(["--model", llama, *words])
+
+
 def test_help_shows_the_flags_in_a_group_of_their_own():
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     (group,) = [group for group in parser._action_groups if group.title == "ShiftParallelConfig"]

@@ -92,7 +92,11 @@ def _add_flags(engine_args: Any) -> None:
             description="Shift Parallelism (vllm-shift): tensor parallelism for small batches, "
             "Ulysses sequence parallelism for large ones.",
         )
-        group.add_argument(
+        # Its servers read the parsed arguments before they load plugins, and would do without the flags.
+        ports = parser._option_string_actions.get("--data-parallel-multi-port-external-lb")
+        exclusive = group.add_mutually_exclusive_group()
+        exclusive._group_actions += [ports] if ports else []
+        exclusive.add_argument(
             "--ulysses-sequence-parallel-size",
             type=int,
             default=ShiftArgs.ulysses_sequence_parallel_size,
