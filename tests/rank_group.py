@@ -148,15 +148,16 @@ class Group:
 
     def __init__(self, world: int, nightly: bool, folder: Path) -> None:
         engines = []
-        for name in dict.fromkeys(case.name for case in CASES if (case.world, case.nightly) == (world, nightly)):
+        cases = [case for case in CASES if (case.world, case.nightly) == (world, nightly)]
+        for name in dict.fromkeys(case.name for case in cases):
             model = {"model": str(tiny.make_checkpoint(name, folder))}
             thresholds = thresholds_of(name)
             stock = model | {"tensor_parallel_size": world}
             engines.append({"name": f"{name}-stock", "args": stock, "thresholds": [None] * len(thresholds)})
-            for sp, tp in LAYOUTS[world]:
-                shift = model | {"tensor_parallel_size": tp, "ulysses_sequence_parallel_size": sp}
+            for case in (case for case in cases if case.name == name):
+                shift = model | {"tensor_parallel_size": case.tp, "ulysses_sequence_parallel_size": case.sp}
                 shift |= {"enable_shift_parallel": True}
-                engines.append({"name": f"{name}-{sp}x{tp}", "args": shift, "thresholds": thresholds})
+                engines.append({"name": f"{name}-{case.sp}x{case.tp}", "args": shift, "thresholds": thresholds})
         if world == 2 and not nightly:
             engines += self_checks(str(folder / "qwen3")) + quantized(folder)
         common = {

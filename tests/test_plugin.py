@@ -10,7 +10,7 @@ import pytest
 import support_table
 import tiny
 import vllm
-from rank_group import CASES
+from rank_group import CASES, Group
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.model_executor import custom_op
@@ -303,6 +303,17 @@ def test_readme_has_the_support_table_of_the_tests():
     assert support_table.replaced(README) == README
     tested = {support_table.architecture(case.name) for case in CASES}
     assert tested == set(limits.ARCHITECTURES + limits.ARCHITECTURES_OF_TRANSFORMERS)
+
+
+@pytest.mark.parametrize("nightly", [False, True])
+def test_groups_start_the_engines_of_the_cases_only(monkeypatch, tmp_path, nightly):
+    # One that is refused ends its rank, and with it all that the group has run.
+    monkeypatch.setattr("rank_group.run_ranks", lambda *args, **kwargs: [])
+    monkeypatch.setattr(tiny, "make_checkpoint", lambda name, folder: folder / name)
+    started = {engine["name"] for engine in Group(4, nightly, tmp_path).engines}
+    cases = [case for case in CASES if (case.world, case.nightly) == (4, nightly)]
+    ours, stock = {f"{case.name}-{case.sp}x{case.tp}" for case in cases}, {f"{case.name}-stock" for case in cases}
+    assert started == ours | stock
 
 
 def test_versions_agree():
