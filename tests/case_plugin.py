@@ -59,9 +59,10 @@ def register() -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Of setup, call and teardown, the first that did not pass counts."""
+    """Of setup, call and teardown, the first that did not pass counts. A server that does not start is an error."""
     if outcome.get("outcome", "passed") == "passed":
-        outcome.update(outcome=report.outcome, why=report.longreprtext[-500:])
+        ended = "error" if report.failed and report.when != "call" else report.outcome
+        outcome.update(outcome=ended, why=report.longreprtext[-500:])
 
 
 @pytest.hookimpl(wrapper=True)
