@@ -32,7 +32,6 @@ _COLLECTIVES = {
     "tensor_model_parallel_reduce_scatter",
 }
 
-
 # Where one of these attributes is False, such calls are for vLLM's own sequence parallelism of experts, which is not
 # ours: it comes with data parallelism, which limits.py refuses for experts.
 _SEQUENCE_PARALLEL_EXPERTS = ("is_sequence_parallel", "use_sequence_parallel_moe", "use_attn_reduce_scatter_for_moe")
@@ -91,10 +90,10 @@ class Gather:
         self._names = list(inspect.signature(module.forward).parameters)
         self._result: tuple[torch.Tensor, torch.Tensor] | None = None
         self._experts = _experts_that_sum(module)
-        layer, called = _layer_that_sums(module)
-        self._layer = layer
+        self._layer: RowParallelLinear | None
+        self._layer, called = _layer_that_sums(module)
         # Whether it returns partial sums, [N, ...], and not what a layer of it, whose hook has summed, made of them.
-        self._returns_sums = self._experts is not None or (layer is not None and "output" in self._names)
+        self._returns_sums = self._experts is not None or (self._layer is not None and "output" in self._names)
         self._returns_own = False
         if called is not None and not self._returns_sums:
             called.register_forward_hook(self._after_layer)
@@ -182,7 +181,7 @@ def _layer_that_sums(module: nn.Module) -> tuple[RowParallelLinear, nn.Module] |
     """The one layer of a module that sums over ranks, and what is called for it: itself, or itself with adapters."""
     if isinstance(module, MoERunnerInterface):
         return None, None
-    adapted = {id(child.base_layer): child for child in module.modules() if isinstance(child, BaseLayerWithLoRA)}
+    adapted = {child.base_layer: child for child in module.modules() if isinstance(child, BaseLayerWithLoRA)}
     rows = [child for child in module.modules() if isinstance(child, RowParallelLinear)]
     layers = [layer for layer in rows if layer.reduce_results and layer.tp_size > 1]
-    return (layers[0], adapted.get(id(layers[0]), layers[0])) if len(layers) == 1 else (None, None)
+    return (layers[0], adapted.get(layers[0], layers[0])) if len(layers) == 1 else (None, None)

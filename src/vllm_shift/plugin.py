@@ -92,10 +92,10 @@ def _add_flags(engine_args: Any) -> None:
             description="Shift Parallelism (vllm-shift): tensor parallelism for small batches, "
             "Ulysses sequence parallelism for large ones.",
         )
-        # Its servers read the parsed arguments before they load plugins, and would do without the flags.
-        ports = parser._option_string_actions.get("--data-parallel-multi-port-external-lb")
         exclusive = group.add_mutually_exclusive_group()
-        exclusive._group_actions += [ports] if ports else []
+        if ports := parser._option_string_actions.get("--data-parallel-multi-port-external-lb"):
+            # The servers that it starts read the parsed arguments before they load plugins, and would lose the flags.
+            exclusive._group_actions.append(ports)
         exclusive.add_argument(
             "--ulysses-sequence-parallel-size",
             type=int,
