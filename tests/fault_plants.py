@@ -29,5 +29,10 @@ class Plant:
                 raise torch.OutOfMemoryError("planted: tried to allocate 1 EiB")
             time.sleep(10_000)
 
-        if self.rank == rank:
+        def fail_to_sample(*_: Any) -> None:
+            raise RuntimeError("planted")
+
+        if self.rank == rank and what == "raises in sampling":
+            self.model_runner.sample_tokens = fail_to_sample
+        elif self.rank == rank:
             self.model_runner.get_model().get_submodule(LAYER).register_forward_pre_hook(fail)

@@ -45,8 +45,10 @@ SERVERS = {
 VICTIMS = {"rank": "VLLM::Worker_TP1", "engine core": "VLLM::EngineCore", "API server": None}
 MOMENTS = ("idle", "prefill", "decode")
 # What rank 1 can do by itself (fault_plants.py), or by SIGSTOP; on a GPU, too, give it work without end.
-PLANTS = ("raises", "out of memory", "sleeps", "stopped")
+PLANTS = ("raises", "raises in sampling", "out of memory", "sleeps", "stopped")
 ONLY_CUDA = ("busy GPU",)
+# Not in SP mode alone, so nothing goes on in TP mode.
+IN_ANY_MODE = ("raises in sampling", "stopped")
 CLIENTS = 4
 # Of vLLM, for one step; its default is 300.
 STEP_TIMEOUT = 20
@@ -431,7 +433,7 @@ def main() -> None:
         model = tiny.make_checkpoint("llama", folder, **device.sizes)
         kills = [(s, v, m) for m in args.moments for v in args.victims for s in args.servers if s != "both modes"]
         plants = [
-            (s, p) for p in chosen for s in args.servers if s != "TP mode" and (s, p) != ("both modes", "stopped")
+            (s, p) for p in chosen for s in args.servers if s != "TP mode" and (s == "SP mode" or p not in IN_ANY_MODE)
         ]
         same = {"model": model, "device": device, "more": tuple(args.server_flags)}
         cases = [partial(try_plant, *case, **same) for case in plants] + [

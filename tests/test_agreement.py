@@ -11,7 +11,7 @@ from ports import free_ports
 from torch import nn
 
 from vllm_shift.agreement import VARIABLE, is_wanted
-from vllm_shift.failure import describe_failure
+from vllm_shift.failure import describe_failure, describe_step
 
 WORLD = 3
 
@@ -73,9 +73,9 @@ class Layer(nn.Module):
 def test_a_failed_step_names_mode_and_layer():
     with pytest.raises(RuntimeError) as raised:
         Layer("model", Layer("model.layers.1.mlp.down_proj"))()
-    line = describe_failure(raised.value, in_sp=True, num_tokens=90, max_tp_tokens=32)
+    line = describe_failure(raised.value, describe_step(in_sp=True, num_tokens=90, max_tp_tokens=32))
     assert line == (
         "A step in SP mode of 90 tokens (threshold 32) failed in model.layers.1.mlp.down_proj: "
         "RuntimeError: connection closed by peer"
     )
-    assert "failed: ValueError: x" in describe_failure(ValueError("x"), False, 1, 32)
+    assert "failed: ValueError: x" in describe_failure(ValueError("x"), "A step")

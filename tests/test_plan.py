@@ -152,6 +152,17 @@ def test_the_same_limits_as_the_plugin():
             assert costs.fits(model, world) == allowed, (model.name, world)
 
 
+def test_an_intermediate_size_for_each_layer():
+    from vllm_shift import limits
+
+    text = SimpleNamespace(num_attention_heads=8, intermediate_size=[512, 96], vocab_size=640)
+    config = SimpleNamespace(hf_text_config=text, get_total_num_kv_heads=lambda: 8)
+    limits.check_model_shape(config, 2)
+    text.intermediate_size = [512, 97]
+    with pytest.raises(ValueError, match="intermediate size 1,"):
+        limits.check_model_shape(config, 2)
+
+
 # Recommendations
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 from torch import nn
 
+from vllm_shift.failure import describe_step
 from vllm_shift.stuck import StuckStepWatch
 from vllm_shift.timing import ClockMark
 
@@ -50,7 +51,7 @@ def test_mode_size_and_layer_are_named_once(in_sp, mode, caplog_vllm):
     with watch() as found:
 
         def run():
-            with found.step(in_sp, 64, 32):
+            with found.step(describe_step(in_sp, 64, 32)):
                 layer()
 
         step = threading.Thread(target=run)
@@ -67,7 +68,7 @@ def test_mode_size_and_layer_are_named_once(in_sp, mode, caplog_vllm):
 
 def test_a_step_whose_device_does_not_come_to_its_end(caplog_vllm):
     with watch(BusyDevice) as found:
-        with found.step(True, 64, 32):
+        with found.step(describe_step(True, 64, 32)):
             pass
         wait_for(caplog_vllm, 1)
     assert "it is on the device, after the call that launched it" in caplog_vllm.text
@@ -75,10 +76,10 @@ def test_a_step_whose_device_does_not_come_to_its_end(caplog_vllm):
 
 def test_nothing_is_said_of_steps_that_end_or_fail(caplog_vllm):
     with watch() as found:
-        with found.step(True, 64, 32):
+        with found.step(describe_step(True, 64, 32)):
             pass
         time.sleep(2 * LIMIT)
-        with pytest.raises(ZeroDivisionError), found.step(True, 64, 32):
+        with pytest.raises(ZeroDivisionError), found.step(describe_step(True, 64, 32)):
             raise ZeroDivisionError
         time.sleep(2 * LIMIT)
     assert caplog_vllm.messages == []
@@ -93,9 +94,9 @@ class BrokenDevice(ClockMark):
 def test_whether_the_device_ends(mark, ends):
     with watch(mark) as found:
         assert found.device_ends_within(0.05)  # no step has run
-        with contextlib.suppress(ZeroDivisionError), found.step(True, 64, 32):
+        with contextlib.suppress(ZeroDivisionError), found.step(describe_step(True, 64, 32)):
             raise ZeroDivisionError
         assert found.device_ends_within(0.05) == ends
-        with found.step(True, 64, 32):
+        with found.step(describe_step(True, 64, 32)):
             pass
         assert found.device_ends_within(0.05) == ends

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold
+from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold, fit_to_graphs
 
 MOST = 8192
 SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 2049, 64)]
@@ -137,3 +137,12 @@ def test_ranks_measure_one_threshold_and_the_next_start_finds_it(groups):
         assert source in line
         assert "1: " in line
         assert not any("step times" in line for line in ranks[1]["lines"])
+
+
+def test_a_threshold_is_a_graph_size_up_to_the_last_of_them():
+    # As vLLM rounds sizes with five draft tokens a request.
+    sizes = [6, 12, 252, 258, 510]
+    assert [fit_to_graphs(wanted, sizes) for wanted in (0, 5, 6, 256, 258, 510, 511, 9000)] == [
+        0, 0, 6, 252, 258, 510, 511, 9000,
+    ]  # fmt: skip
+    assert fit_to_graphs(256, []) == 256

@@ -5,22 +5,22 @@ from types import FrameType, TracebackType
 from torch import nn
 
 
-def describe_failure(error: BaseException, in_sp: bool, num_tokens: int, max_tp_tokens: int) -> str:
-    """One line for the log.
+def describe_step(in_sp: bool, num_tokens: int, max_tp_tokens: int) -> str:
+    """Name of a step for the log.
 
     Args:
-        error: what the step raised.
-        in_sp: whether the step ran in SP mode.
+        in_sp: whether the step runs in SP mode.
         num_tokens: tokens of the step.
         max_tp_tokens: the threshold.
     """
+    return f"A step in {'SP' if in_sp else 'TP'} mode of {num_tokens} tokens (threshold {max_tp_tokens})"
+
+
+def describe_failure(error: BaseException, step: str) -> str:
+    """One line for the log: the step, from ``describe_step``, and what it raised."""
     layer = innermost_layer(error.__traceback__)
     where = f" in {layer}" if layer else ""
-    mode = "SP" if in_sp else "TP"
-    return (
-        f"A step in {mode} mode of {num_tokens} tokens (threshold {max_tp_tokens}) failed{where}: "
-        f"{type(error).__name__}: {error}"
-    )
+    return f"{step} failed{where}: {type(error).__name__}: {error}"
 
 
 def innermost_layer(traceback: TracebackType | None) -> str | None:

@@ -3,6 +3,7 @@
 README's section "Limits" repeats the names of this table; a test compares them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -330,7 +331,8 @@ def check_model_shape(model: Any, world_size: int) -> None:
     vocabulary = -(-text.vocab_size // 64) * 64
     sizes = {"attention heads": heads, "padded vocabulary": vocabulary}
     if intermediate := getattr(text, "intermediate_size", None):
-        sizes["intermediate size"] = intermediate
+        # Some models have one for each layer, and ranks have to divide them all.
+        sizes["intermediate size"] = math.gcd(*intermediate) if isinstance(intermediate, list) else intermediate
 
     def fits(ranks: int) -> bool:
         even = all(size % ranks == 0 for size in sizes.values())

@@ -134,7 +134,7 @@ def _add_handover(engine_args: Any) -> None:
         flags = {field.name: getattr(args, field.name, field.default) for field in fields}
         given = {field.name: flags[field.name] for field in fields if flags[field.name] != field.default}
         others = getattr(args, "additional_config", None) or {}
-        settings = others.get(CONFIG_KEY, {})
+        settings = others.get(CONFIG_KEY, {}) if isinstance(others, dict) else None
         if isinstance(settings, dict):
             settings = given | settings
             if given:

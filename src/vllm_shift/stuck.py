@@ -52,10 +52,8 @@ class StuckStepWatch:
         threading.Thread(target=self._watch, name="StuckStepWatch", daemon=True).start()
 
     @contextmanager
-    def step(self, in_sp: bool, num_tokens: int, max_tp_tokens: int) -> Iterator[None]:
-        """Watch the step that runs inside, until its end on the device or until the next one."""
-        mode = "SP" if in_sp else "TP"
-        description = f"A step in {mode} mode of {num_tokens} tokens (threshold {max_tp_tokens})"
+    def step(self, description: str) -> Iterator[None]:
+        """Watch the step, or the part of it, that runs inside, until its end on the device or until the next one."""
         self._has_run = True
         step = self._step = _Step(time.monotonic(), threading.get_ident(), description, self._mark())
         try:

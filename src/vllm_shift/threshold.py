@@ -68,9 +68,19 @@ def find_threshold(times: list[StepTimes], most: int, sizes: list[int]) -> int:
     before = after - 1
     part = advantage[before] / (advantage[before] - advantage[after])
     crossing = int(2 ** (tokens[before] + part * (tokens[after] - tokens[before])))
-    if not sizes or crossing > sizes[-1]:
-        return crossing
-    return max((size for size in sizes if size <= crossing), default=0)
+    return fit_to_graphs(crossing, sizes)
+
+
+def fit_to_graphs(max_tp_tokens: int, sizes: list[int]) -> int:
+    """The largest threshold up to ``max_tp_tokens`` at which no step is padded from TP mode into SP mode.
+
+    Args:
+        max_tp_tokens: the threshold that is wanted.
+        sizes: CUDA graph sizes, ascending.
+    """
+    if not sizes or max_tp_tokens > sizes[-1]:
+        return max_tp_tokens
+    return max((size for size in sizes if size <= max_tp_tokens), default=0)
 
 
 def _falling(values: Any) -> Any:

@@ -1,5 +1,7 @@
 """vLLM's stock workers with the mode switch built in; ``ParallelConfig.worker_cls`` names them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_shift.agreement import StepCheck, is_wanted
 from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
-from vllm_shift.failure import describe_failure
+from vllm_shift.failure import describe_failure, describe_step
 from vllm_shift.gathered import inside_gathered
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting, unfold
 from vllm_shift.limits import TESTED
@@ -28,6 +30,7 @@ from vllm_shift.slots import Slots
 from vllm_shift.stats import StepCounter
 from vllm_shift.stuck import StuckStepWatch
 from vllm_shift.switch import ModeSwitch
+from vllm_shift.threshold import fit_to_graphs
 from vllm_shift.timing import ClockMark, CudaMark
 
 logger = init_logger(f"vllm.{__name__}")
@@ -42,6 +45,7 @@ class ShiftWorkerMixin(WorkerBase):
         self.shift_counter = self._step_counter()
         self._shift_groups: list[GroupCoordinator] = []
         self._step_check: StepCheck | None = None
+        self._step = "A step of the self-check"
         mark = CudaMark if current_platform.is_cuda() else ClockMark
         self._watch = StuckStepWatch(self.rank, mark, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
         end_with_owner()
@@ -137,6 +141,7 @@ class ShiftWorkerMixin(WorkerBase):
 
     def compile_or_warm_up_model(self) -> Any:
         """As the stock worker, with TP mode compiled and the threshold found before; then the self-check."""
+        self._fit_threshold_to_graphs()
         self._run_largest_tp_step()
         if self.shift_config.is_auto:
             self.switch.max_tp_tokens = calibrate(self.model_runner, self.switch, self.vllm_config)
@@ -151,6 +156,20 @@ class ShiftWorkerMixin(WorkerBase):
         self.shift_counter.start(self.switch.max_tp_tokens)
         return times
 
+    def _fit_threshold_to_graphs(self) -> None:
+        # With speculative decoding vLLM's V1 model runner has made CUDA graph sizes multiples of a request's tokens.
+        sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or []
+        wanted = self.switch.max_tp_tokens
+        self.switch.max_tp_tokens = fit_to_graphs(wanted, sizes)
+        if self.switch.max_tp_tokens != wanted and self.rank == 0:
+            logger.warning(
+                "Shift Parallelism: steps of up to %d tokens, not %d, run in TP mode: %d is none of the CUDA graph "
+                "sizes of this engine.",
+                self.switch.max_tp_tokens,
+                wanted,
+                wanted,
+            )
+
     def execute_model(self, scheduler_output: Any) -> Any:
         """As the stock worker; the step is counted and timed under its mode, which the log names if it fails."""
         max_tp_tokens = self.switch.max_tp_tokens
@@ -160,15 +179,25 @@ class ShiftWorkerMixin(WorkerBase):
         if not num_tokens:
             return super().execute_model(scheduler_output)
         in_sp = self.switch.is_sp_step(num_tokens)
+        self._step = describe_step(in_sp, num_tokens, max_tp_tokens)
+        with self._reported_step(), self.shift_counter.step(in_sp, num_tokens):
+            return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """As the stock worker; the LM head and the sampler are the second part of a step."""
+        with self._reported_step():
+            return super().sample_tokens(grammar_output)
+
+    @contextmanager
+    def _reported_step(self) -> Iterator[None]:
         try:
-            with (
-                self._watch.step(in_sp, num_tokens, max_tp_tokens),
-                self.shift_counter.step(in_sp, num_tokens),
-            ):
-                return super().execute_model(scheduler_output)
+            with self._watch.step(self._step):
+                yield
         except Exception as error:
-            logger.error("Rank %d: %s", self.rank, describe_failure(error, in_sp, num_tokens, max_tp_tokens))
-            if self.rank != 0 and self.parallel_config.distributed_executor_backend == "mp":
+            other_rank = self.rank != 0 and self.parallel_config.distributed_executor_backend == "mp"
+            # vLLM logs where rank 0 was.
+            logger.error("Rank %d: %s", self.rank, describe_failure(error, self._step), exc_info=other_rank)
+            if other_rank:
                 # The executor hears of an error from rank 0 only, which may wait for this rank in a collective.
                 # Of a process it hears once that has ended, and the end of GPUs' groups may wait for other ranks.
                 end_within(2 if current_platform.is_cuda() else 4)
