@@ -271,8 +271,9 @@ def try_kill(
                 assert time.monotonic() < end, "no prefill"
                 time.sleep(0.01)
             assert not all(client.chunks for client in clients), "all prefills were over"
+        fault = time.monotonic()
         target.send_signal(signal.SIGKILL)
-        look_at_the_end(outcome, running, clients, memory, on_gpus)
+        look_at_the_end(outcome, fault, running, clients, memory, on_gpus)
     return outcome
 
 
@@ -298,12 +299,14 @@ def try_plant(
         outcome.ready_after = time.monotonic() - begin
         warm_up(running)
         memory, on_gpus = running.shared_memory(), running.gpu_memory()
+        told = folder.with_suffix(".failed")
 
         def fail() -> None:
             if plant == "stopped":
+                told.write_text(str(time.monotonic()))
                 running.find("rank").send_signal(signal.SIGSTOP)
                 return
-            body = {"method": "plant", "kwargs": {"what": plant, "rank": 1}}
+            body = {"method": "plant", "kwargs": {"what": plant, "rank": 1, "told": str(told)}}
             httpx.post(f"{running.url}/collective_rpc", json=body, timeout=60).raise_for_status()
 
         if server == "both modes":
@@ -315,7 +318,12 @@ def try_plant(
         else:
             clients = start_clients(running, "decode")
             fail()
-        look_at_the_end(outcome, running, clients, memory, on_gpus)
+        # An API server that is busy with streams takes a while to let the long prompt in.
+        end = time.monotonic() + 60
+        while not (told.exists() and told.read_text()):
+            assert time.monotonic() < end, "nothing failed"
+            time.sleep(0.01)
+        look_at_the_end(outcome, float(told.read_text()), running, clients, memory, on_gpus)
     return outcome
 
 
@@ -344,10 +352,14 @@ def still_on_gpus(pids: dict[int, int]) -> list[int]:
 
 
 def look_at_the_end(
-    outcome: Outcome, running: Victim, clients: list[Client], memory: set[str], on_gpus: dict[int, int]
+    outcome: Outcome,
+    fault: float,
+    running: Victim,
+    clients: list[Client],
+    memory: set[str],
+    on_gpus: dict[int, int],
 ) -> None:
-    """From the fault on: how clients, launcher and processes end; what is left of files and processes on GPUs."""
-    fault = time.monotonic()
+    """From the ``fault`` on: how clients, launcher and processes end; what is left of files and processes on GPUs."""
     outcome.gpu_mib = sum(on_gpus.values())
     try:
         outcome.exit_code = running.process.wait(90)

@@ -45,7 +45,10 @@ def samples(collector) -> dict[tuple, float]:
 @pytest.fixture
 def engine():
     """A config as far as the metrics read it, under a name that no other engine has."""
-    parallel = {"data_parallel_size": 1, "data_parallel_rank": 0, "data_parallel_index": 0, "local_engines_only": False}
+    parallel = {
+        "data_parallel_size": 1, "data_parallel_size_local": 1, "data_parallel_index": 0,
+        "data_parallel_rank": 0, "data_parallel_rank_local": None, "local_engines_only": False,
+    }  # fmt: skip
     return SimpleNamespace(
         instance_id=f"test-{time.time_ns()}",
         model_config=SimpleNamespace(served_model_name="a model"),
@@ -176,6 +179,30 @@ def test_data_parallel_engines_have_their_own_counts(engine):
     assert found == {"0": 100, "1": 101}
     steps = {(each.labels["engine"], each.labels["mode"]): each.value for each in families["vllm:shift_steps"]}
     assert steps == {("0", "tp"): 0, ("0", "sp"): 0, ("1", "tp"): 0, ("1", "sp"): 1}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "engines"),
+    [
+        ({}, ["0", "1", "2", "3"]),
+        # Hybrid load balancing: this node's engines.
+        ({"data_parallel_size_local": 2, "data_parallel_rank": 2, "local_engines_only": True}, ["2", "3"]),
+        # External load balancing: an engine a server; without a server: an engine a process.
+        ({"data_parallel_rank": 3, "local_engines_only": True}, ["3"]),
+        ({"data_parallel_rank": 1, "data_parallel_rank_local": 1}, ["1"]),
+    ],
+)
+def test_engines_that_this_process_serves(engine, parallel, engines):
+    vars(engine.parallel_config).update({"data_parallel_size": 4} | parallel)
+    metrics.publish(engine)
+    for index in range(4):
+        engine.parallel_config.data_parallel_index = index
+        if str(index) in engines:
+            StepCounter(metrics.open_counts(engine)).start(1)
+        else:
+            assert metrics.open_counts(engine) is None
+    families = {family.name: family.samples for family in metrics._collector.collect()}
+    assert [sample.labels["engine"] for sample in families["vllm:shift_threshold_tokens"]] == engines
 
 
 def test_no_file_is_left(engine):

@@ -92,9 +92,7 @@ def publish(vllm_config: Any) -> None:
         )
     if _collector is not None:
         REGISTRY.unregister(_collector)
-    parallel = vllm_config.parallel_config
-    engines = [parallel.data_parallel_rank] if parallel.local_engines_only else range(parallel.data_parallel_size)
-    paths = {engine: _path(vllm_config, engine) for engine in engines}
+    paths = {engine: _path(vllm_config, engine) for engine in _engines(vllm_config.parallel_config)}
     for path in paths.values():
         np.zeros(1, COUNTS).tofile(path)
     counts = {engine: _map(path) for engine, path in paths.items()}
@@ -114,6 +112,14 @@ def open_counts(vllm_config: Any) -> NDArray[np.void] | None:
     # Both sides have it mapped by now; without a name it goes when they do, however they end.
     path.unlink()
     return counts
+
+
+def _engines(parallel: Any) -> range:
+    """Of this process: as the ``engine_ranks_managed`` of vLLM's MPClient (vllm/v1/engine/core_client.py)."""
+    size = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
+    if parallel.data_parallel_rank_local is not None:  # one engine a process, without a server
+        size = 1
+    return range(parallel.data_parallel_rank, parallel.data_parallel_rank + size)
 
 
 def _path(vllm_config: Any, engine: int) -> Path:

@@ -42,11 +42,12 @@ class ShiftWorkerMixin(WorkerBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # What shutdown closes is here, because init_device may fail and shutdown comes nevertheless.
-        self.shift_counter = self._step_counter()
+        mark = CudaMark if current_platform.is_cuda() else ClockMark
+        counts = open_counts(self.vllm_config) if self.rank == 0 else None
+        self.shift_counter = StepCounter(counts, mark, log=True) if counts is not None else StepCounter(mark=None)
         self._shift_groups: list[GroupCoordinator] = []
         self._step_check: StepCheck | None = None
         self._step = "A step of the self-check"
-        mark = CudaMark if current_platform.is_cuda() else ClockMark
         self._watch = StuckStepWatch(self.rank, mark, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
         end_with_owner()
 
@@ -63,17 +64,12 @@ class ShiftWorkerMixin(WorkerBase):
         if is_wanted():
             self._step_check = StepCheck(get_world_group().cpu_group)
 
-    def _step_counter(self) -> StepCounter:
-        counts = open_counts(self.vllm_config) if self.rank == 0 else None
-        if counts is None:
-            return StepCounter(mark=None)
-        return StepCounter(counts, CudaMark if current_platform.is_cuda() else ClockMark, log=True)
-
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """As the stock worker, with our layers in the model."""
-        drafter: Any = getattr(self.model_runner, "drafter", None)
+        # The V1 and the V2 model runner call it differently.
+        drafter: Any = getattr(self.model_runner, "drafter", None) or getattr(self.model_runner, "speculator", None)
         if hasattr(drafter, "load_model"):
-            # A draft model runs in TP mode only, after the model itself.
+            # A draft model, loaded within slotted_layers, is built from vLLM's own layers: it runs in TP mode only.
             drafter.load_model = stock_layers()(drafter.load_model)
         stock_load_model = self.model_runner.load_model
 
