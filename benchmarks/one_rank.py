@@ -95,21 +95,6 @@ def time_decode(llm: Any, batch: int, repeats: int) -> float:
     return statistics.median([wait for count, on_gpu, wait in timings(llm) if count == batch and wait < 2 * on_gpu + 5])
 
 
-def time_shift(llm: Any, small: int, large: int, repeats: int) -> dict[str, float]:
-    """Median ms of a step right after one of the other mode, less that of a step after one of its own."""
-    added = {}
-    for name, own, other in (("to SP", large, small), ("to TP", small, large)):
-        after: dict[int, list[float]] = {own: [], other: []}
-        for _ in range(repeats):
-            for before in (own, other):  # in turns, because a machine's speed drifts
-                generate(llm, 1, before, 1)
-                timings(llm)
-                generate(llm, 1, own, 1)
-                after[before] += [on_gpu for count, on_gpu, _ in timings(llm) if count == own]
-        added[name] = statistics.median(after[other]) - statistics.median(after[own])
-    return added
-
-
 def kernel_times(llm: Any, prompts: int, tokens: int, output_tokens: int) -> dict[str, Any]:
     """GPU time by kernel, ms a step: of a prefill, or of decoding where there is more than one output token."""
     rpc = llm.llm_engine.collective_rpc
@@ -139,8 +124,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result["step_ms"][f"decode {batch}"] = time_decode(llm, batch, args.repeats)
         # Prompts of one token, so that the prefill is like a decode step.
         result["kernels"][f"decode {batch}"] = kernel_times(llm, batch, batch, 16)
-    if args.engine == "shift":
-        result["shift_ms"] = time_shift(llm, args.threshold // 2, 2 * args.threshold, 5 * args.repeats)
     return result | llm.llm_engine.collective_rpc(lambda worker: worker.facts)[0]
 
 
@@ -188,7 +171,6 @@ def table(args: argparse.Namespace, results: dict[str, Any]) -> str:
         f"start with nothing cached, s: {shift['start_s']:.1f}, stock TP=P {stock_p['start_s']:.1f}",
         f"start again, s: {shift['start_again_s']:.1f}, stock TP=P {stock_p['start_again_s']:.1f}",
         f"CUDA graphs, GiB: {graphs(shift)}, stock TP=P {graphs(stock_p)}",
-        f"added by a change of mode, ms: {shift['shift_ms']}",
     ]
     return "\n".join(lines)
 

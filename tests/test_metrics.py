@@ -28,7 +28,7 @@ class Device:
 
     def mark(self) -> SimpleNamespace:
         at = self.enqueued
-        return SimpleNamespace(at=at, seconds_since=lambda start: at - start.at if at <= self.passed else None)
+        return SimpleNamespace(at=at, has_passed=lambda: at <= self.passed, seconds_since=lambda start: at - start.at)
 
 
 def samples(collector) -> dict[tuple, float]:

@@ -99,10 +99,10 @@ class StepCounter:
         # In order, and as far as the device has come: with asynchronous scheduling it is a step or two behind.
         while self._timed:
             mode, start, end = self._timed[0]
-            seconds = end.seconds_since(start)
-            if seconds is None:
+            if not end.has_passed():
                 return
             self._timed.popleft()
+            seconds = end.seconds_since(start)
             self._modes["seconds"][mode] += seconds
             self._modes["buckets"][mode, bisect_left(BUCKETS, seconds)] += 1
 

@@ -23,7 +23,6 @@ class _Step:
     began: float
     thread: int
     description: str
-    start: Mark
     end: Mark | None = None
     looked_at: bool = False
 
@@ -32,7 +31,7 @@ class _Step:
         if self.end is None:
             return False
         with self.end.on_device():
-            return self.end.seconds_since(self.start) is not None
+            return self.end.has_passed()
 
 
 class StuckStepWatch:
@@ -55,7 +54,7 @@ class StuckStepWatch:
     def step(self, description: str) -> Iterator[None]:
         """Watch the step, or the part of it, that runs inside, until its end on the device or until the next one."""
         self._has_run = True
-        step = self._step = _Step(time.monotonic(), threading.get_ident(), description, self._mark())
+        step = self._step = _Step(time.monotonic(), threading.get_ident(), description)
         try:
             yield
         except BaseException:
@@ -73,7 +72,7 @@ class StuckStepWatch:
         end = time.monotonic() + seconds
         with suppress(RuntimeError):
             mark = self._mark()
-            while mark.seconds_since(mark) is None:
+            while not mark.has_passed():
                 if time.monotonic() > end:
                     return False
                 time.sleep(0.01)

@@ -10,8 +10,11 @@ import torch
 class Mark(Protocol):
     """A point in the work of a rank, made where it lies."""
 
-    def seconds_since(self, start: Any) -> float | None:
-        """Seconds from an earlier mark of the same kind to this one; None while the device has not come so far."""
+    def has_passed(self) -> bool:
+        """Whether the device has come so far; asks, and does not wait."""
+
+    def seconds_since(self, start: Any) -> float:
+        """Seconds from an earlier mark of the same kind to this one; only for marks that have passed."""
 
     def on_device(self) -> AbstractContextManager[Any]:
         """For a thread that has not chosen a device and asks for the time."""
@@ -23,8 +26,12 @@ class ClockMark:
     def __init__(self) -> None:
         self._now = time.perf_counter()
 
+    def has_passed(self) -> bool:
+        """Always."""
+        return True
+
     def seconds_since(self, start: "ClockMark") -> float:
-        """Known at once."""
+        """As ``Mark``."""
         return self._now - start._now
 
     def on_device(self) -> AbstractContextManager[Any]:
@@ -43,9 +50,13 @@ class CudaMark:
         self._event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._event.record()
 
-    def seconds_since(self, start: "CudaMark") -> float | None:
-        """Known once the GPU has passed this mark; asks, and does not wait."""
-        return start._event.elapsed_time(self._event) / 1000 if self._event.query() else None
+    def has_passed(self) -> bool:
+        """As ``Mark``."""
+        return bool(self._event.query())
+
+    def seconds_since(self, start: "CudaMark") -> float:
+        """As ``Mark``."""
+        return float(start._event.elapsed_time(self._event)) / 1000
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Without this, CUDA gives such a thread a context on the first GPU, with memory of its own."""
