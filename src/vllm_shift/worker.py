@@ -110,14 +110,14 @@ class ShiftWorkerMixin(WorkerBase):
             attach_adapters(model, self.switch, self.vllm_config)
 
     def determine_available_memory(self) -> int:
-        """As the stock worker, whose profile is of the largest step, in SP mode; the largest in TP mode counts, too."""
+        """As the stock worker, whose profile is of the largest step; in both modes, if some steps run in TP mode."""
         stock_profile_run = self.model_runner.profile_run
 
         def profile_both_modes() -> None:
             stock_profile_run()
             # As the stock profile of each model runner: there are no KV caches yet.
             without_attention = {"skip_attn": True} if self.use_v2_model_runner else {}
-            self._run_largest_tp_step(is_profile=True, **without_attention)
+            self._run_tp_step(is_profile=True, **without_attention)
 
         self.model_runner.profile_run = profile_both_modes
         try:
@@ -126,19 +126,20 @@ class ShiftWorkerMixin(WorkerBase):
             del self.model_runner.profile_run
         return available
 
-    def _run_largest_tp_step(self, **kwargs: Any) -> None:
-        most: int = self.scheduler_config.max_num_batched_tokens
-        num_tokens = most if self.shift_config.is_auto else min(self.switch.max_tp_tokens, most)
-        if not num_tokens:
+    def _run_tp_step(self, **kwargs: Any) -> None:
+        threshold = self.switch.max_tp_tokens
+        if not threshold and not self.shift_config.is_auto:
             return
-        self.switch.max_tp_tokens, threshold = num_tokens, self.switch.max_tp_tokens
-        self.model_runner._dummy_run(num_tokens, cudagraph_runtime_mode=CUDAGraphMode.NONE, **kwargs)
+        # As large as where stock vLLM compiles, whatever the threshold: torch.compile chooses kernels for that size.
+        most: int = self.scheduler_config.max_num_batched_tokens
+        self.switch.max_tp_tokens = most
+        self.model_runner._dummy_run(most, cudagraph_runtime_mode=CUDAGraphMode.NONE, **kwargs)
         self.switch.max_tp_tokens = threshold
 
     def compile_or_warm_up_model(self) -> Any:
         """As the stock worker, with TP mode compiled and the threshold found before; then the self-check."""
         self._fit_threshold_to_graphs()
-        self._run_largest_tp_step()
+        self._run_tp_step()
         if self.shift_config.is_auto:
             self.switch.max_tp_tokens = calibrate(self.model_runner, self.switch, self.vllm_config)
         times = super().compile_or_warm_up_model()
