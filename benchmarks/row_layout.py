@@ -15,6 +15,8 @@ import torch.nn.functional as F
 WEIGHTS = (
     ("8B o_proj", 4096, 4096, 2),
     ("8B down_proj", 4096, 14336, 2),
+    ("32B o_proj", 5120, 8192, 2),
+    ("32B down_proj", 5120, 25600, 2),
     ("70B o_proj", 8192, 8192, 8),
     ("70B down_proj", 8192, 28672, 8),
 )
@@ -55,7 +57,7 @@ def main() -> None:
         shard = width // shards
         layouts = [[w[:, :shard].contiguous() for w in whole], [w[:, :shard] for w in whole],
                    [w[:, :shard] for w in transposed]]  # fmt: skip
-        for rows in (1, 4, 16, 64, 128, 256):
+        for rows in (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256):
             x = torch.randn(rows, shard, device="cuda", dtype=torch.bfloat16)
             own, sliced, turned = (linear_us(x, weights) for weights in layouts)
             print(f"| {name} | TP | {rows} | {own:.1f} | {sliced / own:.3f} | {turned / own:.3f} |")

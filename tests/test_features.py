@@ -73,12 +73,14 @@ def common(model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(world: int, sp: int, tp: int, features: dict[str, dict[str, Any]], model: str, folder: Path) -> list[dict]:
+def run(
+    world: int, sp: int, tp: int, features: dict[str, dict[str, Any]], model: str, folder: Path, **adapter: Any
+) -> list[dict]:
     job = {
         "folder": str(folder), "sp": sp, "tp": tp, "start_threshold": 20, "thresholds": THRESHOLDS,
         "prompts": prompts(), "common": common(model),
         "checkpoints": [model, str(tiny.make_checkpoint("llama", folder / "other", seed=1))],
-        "adapters": [str(tiny.make_adapter(folder, seed)) for seed in range(4)],
+        "adapters": [str(tiny.make_adapter(folder, seed, **adapter)) for seed in range(4)],
         "features": [{"name": name} | feature for name, feature in features.items()],
     }  # fmt: skip
     return run_ranks("feature_main.py", world, folder, job, ports=2 * len(features))
@@ -202,6 +204,15 @@ def test_adapters_and_models_of_transformers_on_four_ranks(model, tmp_path, sp, 
     results = run(4, sp, tp, chosen, model, tmp_path)
     for name in chosen:
         assert_equal_to_stock(results, name)
+
+
+@pytest.mark.nightly
+def test_adapters_of_layers_that_run_on_gathered_tokens(tmp_path):
+    """OLMo 3 has norms over all heads, and its attention's output projection sums with a reduce-scatter."""
+    olmo3 = str(tiny.make_checkpoint("olmo3", tmp_path))
+    adapters = {"LoRA": features(olmo3, tmp_path)["LoRA"]}
+    # vLLM has no adapters of this model's embedding.
+    assert_equal_to_stock(run(2, 2, 1, adapters, olmo3, tmp_path, kv_heads=4, embedding=False), "LoRA")
 
 
 @pytest.mark.nightly

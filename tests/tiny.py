@@ -139,14 +139,14 @@ def image(number: int) -> Image:
     return fromarray(torch.randint(0, 256, (84, 84, 3), generator=generator, dtype=torch.uint8).numpy())
 
 
-def make_adapter(folder: Path, seed: int) -> Path:
-    """Write a random LoRA adapter for every linear layer and the embedding of these models, in the layout of peft."""
+def make_adapter(folder: Path, seed: int, kv_heads: int = SHAPE["num_key_value_heads"], embedding: bool = True) -> Path:
+    """Write a random LoRA adapter for every linear layer of these models and the embedding, in the layout of peft."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, heads = SHAPE["hidden_size"], SHAPE["num_attention_heads"] * SHAPE["head_dim"]
-    kv_heads, inner = SHAPE["num_key_value_heads"] * SHAPE["head_dim"], SHAPE["intermediate_size"]
+    hidden, q_size = SHAPE["hidden_size"], SHAPE["num_attention_heads"] * SHAPE["head_dim"]
+    kv_size, inner = kv_heads * SHAPE["head_dim"], SHAPE["intermediate_size"]
     shapes = {
-        "self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (kv_heads, hidden),
-        "self_attn.v_proj": (kv_heads, hidden), "self_attn.o_proj": (hidden, heads),
+        "self_attn.q_proj": (q_size, hidden), "self_attn.k_proj": (kv_size, hidden),
+        "self_attn.v_proj": (kv_size, hidden), "self_attn.o_proj": (hidden, q_size),
         "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
     }  # fmt: skip
     rank = 8
@@ -156,14 +156,16 @@ def make_adapter(folder: Path, seed: int) -> Path:
             prefix = f"base_model.model.model.layers.{layer}.{name}"
             weights[f"{prefix}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * 0.1
             weights[f"{prefix}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.1
-    prefix = "base_model.model.model.embed_tokens"
-    weights[f"{prefix}.lora_embedding_A"] = torch.randn(rank, SHAPE["vocab_size"], generator=generator) * 0.1
-    weights[f"{prefix}.lora_embedding_B"] = torch.randn(hidden, rank, generator=generator) * 0.1
+    modules = [name.split(".")[1] for name in shapes]
+    if embedding:
+        modules.append("embed_tokens")
+        prefix = "base_model.model.model.embed_tokens"
+        weights[f"{prefix}.lora_embedding_A"] = torch.randn(rank, SHAPE["vocab_size"], generator=generator) * 0.1
+        weights[f"{prefix}.lora_embedding_B"] = torch.randn(hidden, rank, generator=generator) * 0.1
     path = folder / f"adapter-{seed}"
     path.mkdir()
     save_file(weights, path / "adapter_model.safetensors")
-    modules = [name.split(".")[1] for name in shapes]
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [*modules, "embed_tokens"]}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules}
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
 
