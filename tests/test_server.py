@@ -318,6 +318,36 @@ def test_plain_ulysses_by_the_other_command_with_a_compiled_model(server, model,
         other.stop()
 
 
+def assert_equal_to_transformers(model: Path, prompts: list[list[int]], answers: list[openai.types.Completion]) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    reference.generation_config.eos_token_id = None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        found = reference.generate(torch.tensor([prompt]), max_new_tokens=REQUEST["max_tokens"], do_sample=False)
+        expected = tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
+        assert answer.choices[0].text.split() == expected.split()
+
+
+@pytest.mark.nightly
+def test_a_rank_on_each_of_two_nodes(model, tmp_path):
+    """Both on this host."""
+    prompts = [tokens(length, start=length) for length in (90, 20)]
+    flags = ["--ulysses-sequence-parallel-size", "2", "--enable-shift-parallel", "--shift-parallel-threshold", "32"]
+    flags += ["--enforce-eager", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(get_open_port())]
+    first = Server("vllm serve", model, tmp_path / "log", [*flags, "--node-rank", "0"], {})
+    second = Server("vllm serve", model, tmp_path / "log2", [*flags, "--node-rank", "1", "--headless"], {})
+    try:
+        first.wait_until_ready(300)
+        answers = [first.client().completions.create(**REQUEST | {"prompt": prompt}) for prompt in prompts]
+        stats = first.metrics()
+        assert stats["vllm:shift_steps_total", "sp"] == 1
+        assert stats["vllm:shift_steps_total", "tp"] > 1
+    finally:
+        second.stop()
+        first.stop()
+    assert_equal_to_transformers(model, prompts, answers)
+
+
 @pytest.mark.nightly
 def test_two_replicas_behind_two_api_servers(model, tmp_path):
     """Data parallelism, and API servers that read the flags before they load plugins."""
@@ -332,13 +362,7 @@ def test_two_replicas_behind_two_api_servers(model, tmp_path):
         time.sleep(2)  # vLLM's own variable makes a line due after a second
     finally:
         server.stop()
-    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    reference.generation_config.eos_token_id = None
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        found = reference.generate(torch.tensor([prompt]), max_new_tokens=REQUEST["max_tokens"], do_sample=False)
-        expected = tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
-        assert answer.choices[0].text.split() == expected.split()
+    assert_equal_to_transformers(model, prompts, answers)
     log = server.log.read_text()
     assert log.count("self-check passed") == 2
     # Each replica took some of the requests: its line counts steps since its own start.

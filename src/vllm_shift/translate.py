@@ -120,7 +120,7 @@ def _check_devices(world_size: int, engine_args: Any) -> None:
         if (gpus := current_platform.device_count()) < world_size:
             raise ValueError(
                 f"SP x TP x PP x DP = {world_size} ranks need as many GPUs, found {gpus}; "
-                "lower a degree, or use --distributed-executor-backend ray for several hosts"
+                "lower a degree, or use several hosts with --nnodes or --distributed-executor-backend ray"
             )
     elif current_platform.is_cpu() and envs.VLLM_CPU_OMP_THREADS_BIND == "auto":
         from vllm.utils.cpu_resource_utils import get_visible_memory_node
