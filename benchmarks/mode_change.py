@@ -7,7 +7,6 @@ Example: python benchmarks/mode_change.py --shape 8b --sp 2 --threshold 256
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -63,8 +62,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     load_general_plugins()  # which add their flags to LLM
-    folder_of_this = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder_of_this, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         model = write_config(SHAPES[args.shape], Path(folder))
         llm = LLM(model=str(model), load_format="dummy", worker_extension_cls="mode_change.Steps",

@@ -128,7 +128,7 @@ class ShiftWorkerMixin(WorkerBase):
 
     def _run_tp_step(self, **kwargs: Any) -> None:
         threshold = self.switch.max_tp_tokens
-        if not threshold and not self.shift_config.is_auto:
+        if not threshold:
             return
         # As large as where stock vLLM compiles, whatever the threshold: torch.compile chooses kernels for that size.
         most: int = self.scheduler_config.max_num_batched_tokens
