@@ -1,7 +1,8 @@
 """Time of one layer's exchange, both directions, between real GPUs: through NCCL and through each other's memory.
 
-In CUDA graphs, without anything else on the GPUs; packing and unpacking are compiled, as in an engine. First compares
-what both give. Example: python benchmarks/exchange_times.py --shape 8b --sp 2
+In CUDA graphs, without anything else on the GPUs; packing and unpacking are compiled, as in an engine. The output
+projection is timed after it, and as one op with the second direction. First compares what they all give.
+Example: python benchmarks/exchange_times.py --shape 8b --sp 2
 """
 
 import argparse
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from engines import SHAPES
 
 from vllm_shift.exchange import heads_to_tokens, register_group, tokens_to_heads, use_peers
@@ -65,24 +67,43 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
     layer = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_size=size, head_size_v=size)
     use_peers(group, PeerMemory(group, [layer], max(args.tokens), torch.bfloat16, keeps=True))
 
-    def exchange(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor, through_peers: bool
-    ) -> list[torch.Tensor]:
-        there = tokens_to_heads(q, k, v, args.sp, name, through_peers)
-        return [*there, heads_to_tokens(x, args.sp, name, through_peers)]
+    # Of the output projection, in the layout of the slots.
+    weight = torch.randn(args.sp * heads * size, sizes["hidden_size"], device=device, dtype=torch.bfloat16).t() / 64
+
+    def before(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, way: str) -> tuple[torch.Tensor, ...]:
+        return tokens_to_heads(q, k, v, args.sp, name, way != "NCCL")
+
+    def after(x: torch.Tensor, way: str) -> torch.Tensor:
+        if way == "in product":
+            return torch.ops.vllm_shift.peers_heads_to_product(x, weight, name)
+        tokens = heads_to_tokens(x, args.sp, name, way != "NCCL")
+        return F.linear(tokens.view(-1, weight.shape[1]), weight) if way == "then product" else tokens
+
+    def exchange(way: str) -> Callable[..., list[torch.Tensor]]:
+        # Compiled one by one, as attention is between them; compiled together they might change places.
+        first, second = (torch.compile(partial(part, way=way), dynamic=False) for part in (before, after))
+        return lambda q, k, v, x: [*first(q, k, v), second(x)]
 
     if rank == 0:
-        print("| tokens | NCCL, us | peers, us | peers / NCCL |\n| --- | --- | --- | --- |", flush=True)
+        print("| tokens | NCCL, us | peers | peers / NCCL | peers, then product | in product | in / then |")
+        print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for tokens in args.tokens:
         rows = tokens // args.sp * args.sp
         widths = (heads * size, kv_heads * size, kv_heads * size, heads * size)
         inputs = [torch.randn(rows, width, device=device, dtype=torch.bfloat16) for width in widths]
-        calls = [partial(torch.compile(partial(exchange, through_peers=way), dynamic=False), *inputs) for way in (0, 1)]
-        for expected, found in zip(*(call() for call in calls), strict=True):
-            assert torch.equal(expected, found), tokens
-        nccl, peers = (microseconds(call) for call in calls)
+        torch.compiler.reset()  # or it would give up after so many sizes
+        ways = ("NCCL", "peers", "then product", "in product")
+        calls = [partial(exchange(way), *inputs) for way in ways]
+        found = [call() for call in calls]
+        for parts in zip(*(each[:3] for each in found), strict=True):
+            assert all(torch.equal(part, parts[0]) for part in parts), tokens
+        assert torch.equal(found[0][3], found[1][3]), tokens
+        # Sums in another order: as far apart as bf16 rounds the parts.
+        torch.testing.assert_close(found[3][3], found[2][3], rtol=0.02, atol=0.02 * float(found[2][3].abs().max()))
+        nccl, peers, then, during = (microseconds(call) for call in calls)
         if rank == 0:
-            print(f"| {tokens} | {nccl:.1f} | {peers:.1f} | {peers / nccl:.2f} |", flush=True)
+            row = f"{nccl:.1f} | {peers:.1f} | {peers / nccl:.2f} | {then:.1f} | {during:.1f} | {during / then:.2f}"
+            print(f"| {tokens} | {row} |", flush=True)
     dist.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """The exchange through peers' memory: its kernel in Triton's interpreter, all ranks in one process."""
 
+from contextlib import nullcontext
 from itertools import count
 from types import SimpleNamespace
 
@@ -28,6 +29,14 @@ def peers(monkeypatch):
     return peers
 
 
+def without_streams(monkeypatch) -> None:
+    """Let what runs on two CUDA streams run in the order in which it is issued."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+
+
 def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[SimpleGroup]:
     """The group of each rank with its ``PeerMemory``, in memory of this process; ranks do not wait for each other."""
     calls, places = count(), [torch.full((2, 1000), float("nan")) for _ in range(sp)]
@@ -38,8 +47,13 @@ def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[Simpl
 
     def rendezvous(memory, name):
         direction = (memory.data_ptr() - places[int(name)].data_ptr()) // (1000 * memory.itemsize)
-        return SimpleNamespace(buffer_ptrs=[place[direction].data_ptr() for place in places], barrier=lambda: None)
+        return SimpleNamespace(
+            buffer_ptrs=[place[direction].data_ptr() for place in places],
+            barrier=lambda: None,
+            get_buffer=lambda rank, shape, dtype: places[rank][direction][: shape.numel()].view(shape),
+        )
 
+    without_streams(monkeypatch)
     monkeypatch.setattr(peers.symmetric_memory, "empty", empty)
     monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
     groups = [
@@ -82,6 +96,26 @@ def test_tokens_become_heads_and_come_back(peers, monkeypatch, sp, rows, keeps):
         assert torch.equal(found, tagged(number, rows, sp, 2 * V))
 
 
+@pytest.mark.parametrize("swap_bytes", [0, 1_000_000])
+@pytest.mark.parametrize(("sp", "rows"), [(2, 1), (2, 5), (3, 4)])
+def test_product_with_what_comes(peers, monkeypatch, sp, rows, swap_bytes):
+    monkeypatch.setattr(peers, "SWAP_BYTES", swap_bytes)
+    groups = connected(peers, monkeypatch, sp, rows, True)
+    heads = [torch.randn(sp * rows, 2 * V) for _ in groups]
+    # As in the slots of a row-parallel layer, one slot after the other in memory.
+    weight = torch.randn(sp * 2 * V, 7).t()
+    swaps, products = [], {}
+    monkeypatch.setattr(peers._Buffer, "swap", lambda *args, swap=peers._Buffer.swap: swaps.append(1) or swap(*args))
+    for _ in range(2):
+        for group, x in zip(groups, heads, strict=True):
+            exchange._peers[group]._turn(to_heads=True)
+            products[group] = torch.ops.vllm_shift.peers_heads_to_product(x, weight, group.unique_name)
+    assert bool(swaps) is (swap_bytes == 0 and sp == 2)
+    for rank, group in enumerate(groups):
+        tokens = torch.cat([x[rank * rows : (rank + 1) * rows] for x in heads], dim=-1)
+        torch.testing.assert_close(products[group], tokens @ weight.t())
+
+
 REASONS = {
     "works": None,
     "no custom all-reduce": "vLLM's custom all-reduce is off",
@@ -112,6 +146,7 @@ def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
         peers.torch.distributed, "all_gather_object", lambda found, x, group: found.__setitem__(slice(None), [x])
     )
     monkeypatch.setattr(peers.logger, "info", lambda line, *args: lines.append(line % args))
+    without_streams(monkeypatch)
     device_group = SimpleNamespace(group_name="sp")
     group = SimpleGroup(
         world_size=1, rank_in_group=0, rank=0, first_rank=0, ranks=[0], device="cpu", cpu_group=None,
@@ -143,6 +178,6 @@ def test_what_would_spoil_memory_is_refused(peers, monkeypatch):
 def test_traces_of_both_ways_have_caches_of_their_own():
     compilation = SimpleNamespace(cache_dir="cache")
     config = SimpleNamespace(compilation_config=compilation, additional_config={"shift_parallel": {}})
-    twins = [config_of_twin(config, trace) for trace in ("sp", "sp-peers")]
+    twins = [config_of_twin(config, trace, None) for trace in ("sp", "sp-peers")]
     assert len({twin.compilation_config.cache_dir for twin in [config, *twins]}) == 3
     assert len({str(twin.additional_config) for twin in [config, *twins]}) == 3

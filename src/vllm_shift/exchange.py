@@ -31,6 +31,9 @@ class Peers(Protocol):
     def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """As the function of this module."""
 
+    def heads_to_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``heads_to_tokens``, then times ``weight`` [out, S * columns of ``x``]; returns [n, out]."""
+
 
 # Custom ops take no objects, so a group travels by its name, as in vllm/distributed/parallel_state.py.
 _groups: WeakValueDictionary[str, GroupCoordinator] = WeakValueDictionary()
@@ -71,6 +74,14 @@ def _peers_heads_to_tokens(x: torch.Tensor, group_name: str) -> torch.Tensor:
     return _peers[_groups[group_name]].heads_to_tokens(x)
 
 
+def _peers_heads_to_product(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
+    return _peers[_groups[group_name]].heads_to_product(x, weight)
+
+
+def _peers_heads_to_product_fake(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
+    return x.new_empty(x.numel() // weight.shape[1], weight.shape[0])
+
+
 _library = torch.library.Library("vllm_shift", "FRAGMENT")  # type: ignore[no-untyped-call]
 direct_register_custom_op("all_to_all", _all_to_all, fake_impl=_same_shape_fake, target_lib=_library)
 direct_register_custom_op(
@@ -78,6 +89,9 @@ direct_register_custom_op(
 )
 direct_register_custom_op(
     "peers_heads_to_tokens", _peers_heads_to_tokens, fake_impl=_same_shape_fake, target_lib=_library
+)
+direct_register_custom_op(
+    "peers_heads_to_product", _peers_heads_to_product, fake_impl=_peers_heads_to_product_fake, target_lib=_library
 )
 
 

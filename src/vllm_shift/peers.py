@@ -6,11 +6,12 @@ exchange is enough. After the barrier of one direction every rank has read what 
 read it, on the same stream, before it came to this barrier. So the next exchange may write there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from vllm.config import VllmConfig
@@ -24,6 +25,9 @@ logger = init_logger(f"vllm.{__name__}")
 
 # Elements that one program copies at a time.
 BLOCK = 2048
+
+# From so many bytes on, a copy beside a product is faster than one before it (benchmarks/exchange_times.py).
+SWAP_BYTES = 4 * 2**20
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -92,6 +96,7 @@ class _Buffer:
         self._handle = symmetric_memory.rendezvous(self._memory, group.device_group.group_name)
         self._targets = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=group.device)
         self._rank, self._ranks = group.rank_in_group, group.world_size
+        self._stream = torch.cuda.Stream(group.device)  # type: ignore[no-untyped-call]
 
     def exchange(self, sources: Sequence[torch.Tensor], strides: tuple[int, int, int, int]) -> torch.Tensor:
         """Send rows to all ranks, see ``write_rows``; returns those that came: this rank's memory, not a copy.
@@ -113,6 +118,26 @@ class _Buffer:
         self._handle.barrier()
         return self._memory[: rows * sum(widths)].view(rows, -1)
 
+    def swap(self, x: torch.Tensor, meanwhile: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of two ranks, swap tensors of one shape while something else runs, of which copy engines take no time.
+
+        Args:
+            x: to send.
+            meanwhile: what to run.
+
+        Returns:
+            What ``meanwhile`` returned, and what came: this rank's memory, not a copy.
+        """
+        assert x.dtype == self._memory.dtype, x.dtype
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            self._handle.get_buffer(1 - self._rank, x.shape, x.dtype).copy_(x)
+            self._handle.barrier()
+        result = meanwhile()
+        here.wait_stream(self._stream)
+        return result, self._memory[: x.numel()].view(x.shape)
+
 
 class PeerMemory(Peers):
     """Both directions of the exchange.
@@ -128,7 +153,8 @@ class PeerMemory(Peers):
     def __init__(
         self, group: GroupCoordinator, layers: Sequence[Attention], rows: int, dtype: torch.dtype, keeps: bool
     ) -> None:
-        self._sp, self._keeps, self._with_heads = group.world_size, keeps, False
+        self._sp, self._rank = group.world_size, group.rank_in_group
+        self._keeps, self._with_heads = keeps, False
         head = max(x.num_heads * x.head_size + x.num_kv_heads * (x.head_size + x.head_size_v) for x in layers)
         self._heads = _Buffer(rows * head, dtype, group)
         self._tokens = _Buffer(rows * max(x.num_heads * x.head_size_v for x in layers), dtype, group)
@@ -141,8 +167,26 @@ class PeerMemory(Peers):
 
     def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """[n*S, ...] in the head view to the folded view."""
+        return self._received_tokens(x).clone()
+
+    def heads_to_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[n*S, ...] in the head view; its tokens of this rank times ``weight`` [out, S * columns]: [n, out].
+
+        With two ranks, and enough to send, the product with the heads that are here runs while the others come.
+        """
+        n, width = len(x) // self._sp, x.shape[1]
+        if self._sp != 2 or n * width * x.element_size() < SWAP_BYTES:
+            return F.linear(self._received_tokens(x).view(n, -1), weight)
         self._turn(to_heads=False)
-        return self._tokens.exchange((x,), (1, len(x) // self._sp, self._sp, 1)).clone()
+        mine, other = self._rank, 1 - self._rank
+        blocks, weights = torch.split(x, n), torch.split(weight, width, dim=1)
+        product, received = self._tokens.swap(blocks[other], lambda: F.linear(blocks[mine], weights[mine]))
+        return product.addmm_(received, weights[other].t())
+
+    def _received_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """``heads_to_tokens`` in memory that the next exchange writes to."""
+        self._turn(to_heads=False)
+        return self._tokens.exchange((x,), (1, len(x) // self._sp, self._sp, 1))
 
     def _turn(self, to_heads: bool) -> None:
         """The directions have to take turns, see the top of this module; CUDA graphs replay what did."""

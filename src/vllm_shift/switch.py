@@ -20,6 +20,7 @@ from vllm_shift.compiled import CompiledTwins
 from vllm_shift.dims import ParallelDims
 from vllm_shift.exchange import heads_to_tokens, register_group, tokens_to_heads
 from vllm_shift.gathered import Gather, gathered_modules, inside_gathered
+from vllm_shift.overlap import OverlapPass
 
 
 class ModeSwitch:
@@ -89,7 +90,8 @@ class ModeSwitch:
 
             self.through_peers = connect(self.sp_group, layers, self._most_rows * self.dims.sp, vllm_config)
         # The exchange is a part of what is traced.
-        self._twins = CompiledTwins(model, vllm_config, "sp-peers" if self.through_peers else "sp")
+        trace, graph_pass = ("sp-peers", OverlapPass()) if self.through_peers else ("sp", None)
+        self._twins = CompiledTwins(model, vllm_config, trace, graph_pass)
         self._buffers: dict[str, torch.Tensor] = {}
         # A plain bool, because the hooks of attention layers are traced.
         self._keep_padding = bool(self._twins)

@@ -1,0 +1,75 @@
+"""The pass that lets the exchange after attention and the product after it run as one op, on small graphs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_exchange import SimpleGroup
+from torch import fx
+from vllm.platforms import current_platform
+
+from vllm_shift import exchange
+from vllm_shift.compiled import config_of_twin
+from vllm_shift.layers import Slotted
+from vllm_shift.overlap import OverlapPass
+
+SP, WIDTH, OUT = 2, 3, 5
+
+
+class PlainPeers(exchange.Peers):
+    """Stands for ranks that send rows of ones more."""
+
+    def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    def heads_to_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (x + 1).view(-1, weight.shape[1]) @ weight.t()
+
+
+def graph_of(bias: bool, read_twice: bool, exchanged: bool) -> fx.Graph:
+    """(x, weight, bias) -> the product, and the sum of what came if that is read twice."""
+    assert Slotted  # its module registers ``folded_linear``
+    ops, graph = torch.ops.vllm_shift, fx.Graph()
+    x, weight, bias_input = (graph.placeholder(name) for name in ("x", "weight", "bias"))
+    tokens = graph.call_function(ops.peers_heads_to_tokens.default, (x, "sp")) if exchanged else x
+    product = graph.call_function(ops.folded_linear.default, (tokens, weight, bias_input if bias else None))
+    graph.output((product, graph.call_function(torch.sum, (tokens,))) if read_twice else (product,))
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("bias", "read_twice", "exchanged", "becomes_one"),
+    [
+        (False, False, True, True),
+        (True, False, True, False),
+        (False, True, True, False),
+        (False, False, False, False),
+    ],
+)
+def test_only_an_exchange_for_one_product_becomes_one_with_it(bias, read_twice, exchanged, becomes_one):
+    group = SimpleGroup(unique_name="sp")
+    exchange.register_group(group)
+    exchange.use_peers(group, PlainPeers())
+    graph = graph_of(bias, read_twice, exchanged)
+    inputs = torch.randn(4 * SP, WIDTH), torch.randn(OUT, SP * WIDTH), torch.randn(OUT)
+    expected = fx.GraphModule({}, graph)(*inputs)
+    OverlapPass()(graph)
+    graph.lint()
+    for found, wanted in zip(fx.GraphModule({}, graph)(*inputs), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    targets = {node.target for node in graph.nodes}
+    assert (torch.ops.vllm_shift.peers_heads_to_product.default in targets) is becomes_one
+    assert (torch.ops.vllm_shift.folded_linear.default in targets) is not becomes_one
+
+
+def test_a_pass_of_the_users_own_stays():
+    key, ours, theirs = current_platform.pass_key, OverlapPass(), object()
+    found = []
+    for passes in ({}, {key: theirs}):
+        compilation = SimpleNamespace(cache_dir="", inductor_compile_config=passes)
+        config = SimpleNamespace(compilation_config=compilation, additional_config={"shift_parallel": {}})
+        twin = config_of_twin(config, "sp-peers", ours)
+        found.append(twin.compilation_config.inductor_compile_config[key])
+        assert compilation.inductor_compile_config is passes
+        assert ours not in passes.values()
+    assert found == [ours, theirs]
