@@ -1,7 +1,7 @@
 """Time of one layer's exchange, both directions, between real GPUs: through NCCL and through each other's memory.
 
-In CUDA graphs, without anything else on the GPUs; packing and unpacking are compiled, as in an engine. The output
-projection is timed after it, and as one op with the second direction. First compares what they all give.
+In CUDA graphs, without anything else on the GPUs; packing for NCCL and unpacking are compiled, as in an engine. The
+output projection is timed after it, and as one op with the second direction. First compares what they all give.
 Example: python benchmarks/exchange_times.py --shape 8b --sp 2
 """
 
@@ -80,8 +80,10 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
         return F.linear(tokens.view(-1, weight.shape[1]), weight) if way == "then product" else tokens
 
     def exchange(way: str) -> Callable[..., list[torch.Tensor]]:
-        # Compiled one by one, as attention is between them; compiled together they might change places.
-        first, second = (torch.compile(partial(part, way=way), dynamic=False) for part in (before, after))
+        first, second = partial(before, way=way), partial(after, way=way)
+        if way == "NCCL":
+            # One by one, as attention is between them; compiled together they might change places.
+            first, second = (torch.compile(part, dynamic=False) for part in (first, second))
         return lambda q, k, v, x: [*first(q, k, v), second(x)]
 
     if rank == 0:

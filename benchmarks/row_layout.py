@@ -61,7 +61,7 @@ def main() -> None:
             x = torch.randn(rows, shard, device="cuda", dtype=torch.bfloat16)
             own, sliced, turned = (linear_us(x, weights) for weights in layouts)
             print(f"| {name} | TP | {rows} | {own:.1f} | {sliced / own:.3f} | {turned / own:.3f} |")
-        for rows in itertools.accumulate((512, 512, 1024)):
+        for rows in itertools.accumulate((512, 512, 1024, 2048)):
             x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
             own, turned = linear_us(x, whole), linear_us(x, transposed)
             print(f"| {name} | SP | {rows} | {own:.1f} | | {turned / own:.3f} |")
