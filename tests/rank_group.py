@@ -42,6 +42,9 @@ def thresholds_of(name: str) -> list[int]:
     return THRESHOLDS if name in tiny.CONFIGS else THRESHOLDS[:2]
 
 
+# Also with early_exchange: llama with biases, qwen3 with norms of heads.
+EARLY = ("llama", "qwen3")
+
 CASES = [
     Case(name, sp, tp)
     for layouts in LAYOUTS.values()
@@ -158,6 +161,9 @@ class Group:
                 shift = model | {"tensor_parallel_size": case.tp, "ulysses_sequence_parallel_size": case.sp}
                 shift |= {"enable_shift_parallel": True}
                 engines.append({"name": f"{name}-{case.sp}x{case.tp}", "args": shift, "thresholds": thresholds})
+                if name in EARLY and case.sp == 2:
+                    early = shift | {"additional_config": {"shift_parallel": {"early_exchange": True}}}
+                    engines.append({"name": engines[-1]["name"] + "-early", "args": early, "thresholds": thresholds})
         if world == 2 and not nightly:
             engines += self_checks(str(folder / "qwen3")) + quantized(folder)
         common = {

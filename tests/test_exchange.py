@@ -18,7 +18,7 @@ def tagged(rank: int, rows: int, sp: int, width: int) -> torch.Tensor:
 
 
 def one_rank(rank: int, sp: int, rows: int, port: int) -> None:
-    from vllm_shift.exchange import heads_to_tokens, register_group, tokens_to_heads
+    from vllm_shift.exchange import heads_to_tokens, register_group, rows_to_heads, tokens_to_heads
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=sp)
     group = SimpleGroup(unique_name="sp", world_size=sp, device_group=dist.group.WORLD)
@@ -30,6 +30,7 @@ def one_rank(rank: int, sp: int, rows: int, port: int) -> None:
     token = torch.arange(sp * rows).view(-1, 1)
     for found, width in zip(exchanged, WIDTHS, strict=True):
         assert torch.equal(found, (token * 10_000 + rank * 100 + torch.arange(width)).float())
+    assert torch.equal(rows_to_heads(torch.cat(inputs, dim=-1), sp, name), torch.cat(exchanged, dim=-1))
     assert torch.equal(heads_to_tokens(exchanged[0].contiguous(), sp, name), inputs[0])
     dist.destroy_process_group()
 
@@ -45,3 +46,39 @@ def test_tokens_become_heads_and_come_back(sp, rows):
     from vllm.utils.network_utils import get_open_port
 
     mp.spawn(one_rank, args=(sp, rows, get_open_port()), nprocs=sp)
+
+
+class PlainPeers:
+    """Gives tensors of the right shapes, of this rank's rows."""
+
+    def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.cat([q, k, v], dim=-1)
+
+    def product_to_heads(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight, bias).view(len(x) * 2, -1)
+
+    def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    def heads_to_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x.view(-1, weight.shape[1]) @ weight.t()
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        ("peers_tokens_to_heads", [(6, 4), (6, 2), (6, 3)]),
+        ("peers_product_to_heads", [(3, 5), (14, 5), (14,)]),
+        ("peers_product_to_heads", [(3, 5), (14, 5), None]),
+        ("peers_heads_to_tokens", [(6, 4)]),
+        ("peers_heads_to_product", [(6, 4), (5, 8)]),
+    ],
+)
+def test_a_compiler_is_told_the_shapes_that_the_ops_give(op, shapes):
+    from vllm_shift.exchange import register_group, use_peers
+
+    group = SimpleGroup(unique_name="sp", world_size=2)
+    use_peers(group, PlainPeers())
+    args = [None if shape is None else torch.randn(shape) for shape in shapes]
+    found = getattr(torch.ops.vllm_shift, op).default
+    torch.library.opcheck(found, (*args, register_group(group)), test_utils=("test_schema", "test_faketensor"))

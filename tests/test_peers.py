@@ -116,6 +116,29 @@ def test_product_with_what_comes(peers, monkeypatch, sp, rows, swap_bytes):
         torch.testing.assert_close(products[group], tokens @ weight.t())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("swap_bytes", [0, 1_000_000])
+@pytest.mark.parametrize(("sp", "rows"), [(2, 1), (2, 5), (3, 4)])
+def test_product_that_goes_where_it_is_wanted(peers, monkeypatch, sp, rows, swap_bytes, bias):
+    monkeypatch.setattr(peers, "SWAP_BYTES", swap_bytes)
+    groups = connected(peers, monkeypatch, sp, rows, True)
+    width = Q + K + V
+    tokens, products = [torch.randn(rows, 7) for _ in groups], {}
+    weight, add = torch.randn(sp * width, 7), torch.randn(sp * width)
+    swaps = []
+    monkeypatch.setattr(peers._Buffer, "swap", lambda *args, swap=peers._Buffer.swap: swaps.append(1) or swap(*args))
+    for _ in range(2):
+        for group, x in zip(groups, tokens, strict=True):
+            products[group] = torch.ops.vllm_shift.peers_product_to_heads(
+                x, weight, add if bias else None, group.unique_name
+            )
+            exchange._peers[group]._turn(to_heads=False)
+    assert bool(swaps) is (swap_bytes == 0 and sp == 2)
+    everything = torch.nn.functional.linear(torch.cat(tokens), weight, add if bias else None)
+    for rank, group in enumerate(groups):
+        torch.testing.assert_close(products[group], everything[:, rank * width : (rank + 1) * width])
+
+
 REASONS = {
     "works": None,
     "no custom all-reduce": "vLLM's custom all-reduce is off",

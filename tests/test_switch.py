@@ -111,6 +111,23 @@ def test_positions_of_several_dimensions_are_never_contiguous(make):
     assert torch.equal(smaller[0], torch.tensor([5, 5, 6, 6, 7, 7, 8, 8, 0, 0]))
 
 
+@pytest.mark.parametrize("num_tokens", [2, 7])
+def test_early_exchange_needs_the_positions_of_all_tokens(make, monkeypatch, num_tokens):
+    monkeypatch.setattr(switch_module, "tokens_to_heads", lambda *args: pytest.fail("exchanged a second time"))
+    switch, model = make(3, 1, 0)
+    switch.early = True
+    step(model, num_tokens)
+    ids, positions, _ = model.calls[0]
+    rows = switch.dims.local_tokens(num_tokens) * 3
+    assert len(ids) * 3 == rows
+    assert positions.tolist() == [*range(num_tokens), *[0] * (rows - num_tokens)]
+    layer = SimpleNamespace(num_heads=1, num_kv_heads=1, head_size=2, head_size_v=2)
+    switch.in_sp = True
+    q, k, v = (torch.randn(rows, 2) for _ in range(3))
+    found, _ = switch._before_attention(layer, (q, k, v), {})
+    assert all(torch.equal(got, x[:num_tokens]) for got, x in zip(found, (q, k, v), strict=True))
+
+
 class GathersOnly(nn.Module):
     """Keeps its place for attention that SP mode cannot divide; compares rows, as DeepSeek-V2's code does."""
 
@@ -159,6 +176,13 @@ class LearnsPositions(Model):
 
     def forward(self, input_ids, positions):
         return super().forward(input_ids, positions) + self.embed_positions(positions)
+
+
+def test_early_exchange_is_refused_where_positions_are_learned(make):
+    switch, _ = make(2, 1, 0)
+    switch.early = True
+    with pytest.raises(NotImplementedError, match="positions of Learns"):
+        switch.attach(LearnsPositions(), VLLM_CONFIG)
 
 
 def test_learned_positions_have_the_rows_of_hidden_states(make):

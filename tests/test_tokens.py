@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from rank_group import CASES, NEVER, thresholds_of
+from rank_group import CASES, EARLY, NEVER, thresholds_of
 
 pytestmark = pytest.mark.engine
 
@@ -16,11 +16,12 @@ TOLERANCE = 1e-3
 
 RUNS = [
     pytest.param(
-        (case, number),
+        (case, number, early),
         marks=[pytest.mark.nightly] if case.nightly else [],
-        id=f"{case.name}-sp{case.sp}-tp{case.tp}-threshold{threshold}",
+        id=f"{case.name}-sp{case.sp}-tp{case.tp}{early}-threshold{threshold}",
     )
     for case in CASES
+    for early in (("", "-early") if case.name in EARLY and case.sp == 2 else ("",))
     for number, threshold in enumerate(thresholds_of(case.name))
 ]
 CORE = [run for run in RUNS if run.values[0][0].name in tiny.CONFIGS]
@@ -29,9 +30,9 @@ CORE = [run for run in RUNS if run.values[0][0].name in tiny.CONFIGS]
 @pytest.fixture(params=RUNS)
 def runs(request, groups):
     """One run of ours on every rank, and the run of stock vLLM that was given the same KV blocks."""
-    case, number = request.param
+    case, number, early = request.param
     results = groups(case.world, case.nightly).results
-    ours = [result[f"{case.name}-{case.sp}x{case.tp}"][number] for result in results]
+    ours = [result[f"{case.name}-{case.sp}x{case.tp}{early}"][number] for result in results]
     return ours, results[0][f"{case.name}-stock"][number]
 
 
@@ -67,7 +68,7 @@ def test_the_threshold_decides_the_mode(runs):
 @pytest.mark.parametrize("runs", CORE, indirect=True)
 def test_one_copy_of_the_weights(runs, groups, request):
     ours, _ = runs
-    case, _ = request.node.callspec.params["runs"]
+    case, _, _ = request.node.callspec.params["runs"]
     name, sp, tp = case.name, case.sp, case.tp
     checkpoint = transformers.AutoModelForCausalLM.from_pretrained(groups(sp * tp).folder / name)
     config, bytes_per_value = checkpoint.config, 4

@@ -28,6 +28,9 @@ class Peers(Protocol):
     def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """As the function of this module; returns [n*S, columns of q, k and v]."""
 
+    def product_to_heads(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x`` [n, in] times ``weight`` [S * columns, in], then ``rows_to_heads``; returns [n*S, columns]."""
+
     def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """As the function of this module."""
 
@@ -70,6 +73,19 @@ def _peers_tokens_to_heads_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     return q.new_empty(q.shape[0], q.shape[1] + k.shape[1] + v.shape[1])
 
 
+def _peers_product_to_heads(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_name: str
+) -> torch.Tensor:
+    return _peers[_groups[group_name]].product_to_heads(x, weight, bias)
+
+
+def _peers_product_to_heads_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_name: str
+) -> torch.Tensor:
+    sp = _groups[group_name].world_size
+    return x.new_empty(x.shape[0] * sp, weight.shape[0] // sp)
+
+
 def _peers_heads_to_tokens(x: torch.Tensor, group_name: str) -> torch.Tensor:
     return _peers[_groups[group_name]].heads_to_tokens(x)
 
@@ -86,6 +102,9 @@ _library = torch.library.Library("vllm_shift", "FRAGMENT")  # type: ignore[no-un
 direct_register_custom_op("all_to_all", _all_to_all, fake_impl=_same_shape_fake, target_lib=_library)
 direct_register_custom_op(
     "peers_tokens_to_heads", _peers_tokens_to_heads, fake_impl=_peers_tokens_to_heads_fake, target_lib=_library
+)
+direct_register_custom_op(
+    "peers_product_to_heads", _peers_product_to_heads, fake_impl=_peers_product_to_heads_fake, target_lib=_library
 )
 direct_register_custom_op(
     "peers_heads_to_tokens", _peers_heads_to_tokens, fake_impl=_same_shape_fake, target_lib=_library
@@ -119,6 +138,13 @@ def tokens_to_heads(
         received = torch.ops.vllm_shift.all_to_all(send, group_name).view(-1, send.shape[-1])
     q, k, v = received.split([x.shape[-1] for x in (q, k, v)], dim=-1)
     return q, k, v
+
+
+def rows_to_heads(x: torch.Tensor, sp: int, group_name: str) -> torch.Tensor:
+    """What q, k and v will be made of, [n*S, columns], from the folded view to the head view; same shape and dtype."""
+    send = x.view(-1, sp, x.shape[-1]).transpose(0, 1).contiguous()
+    received: torch.Tensor = torch.ops.vllm_shift.all_to_all(send, group_name).view(x.shape)
+    return received
 
 
 def heads_to_tokens(x: torch.Tensor, sp: int, group_name: str, through_peers: bool = False) -> torch.Tensor:

@@ -8,6 +8,7 @@ The classes take the place of vLLM's through ``PluggableLayer.register_oot``, wh
 being built and at no other time.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor import custom_op
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -33,6 +35,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from vllm_shift.exchange import rows_to_heads
+from vllm_shift.gathered import gathered_modules
 from vllm_shift.quantized import TwoModeMethod, WholeLinear, check_method
 from vllm_shift.slots import Slots
 from vllm_shift.switch import ModeSwitch
@@ -168,9 +172,12 @@ class _SlottedColumn(SlottedLinear, ColumnParallelLinear):
         """In SP mode: ``input_`` [n, in] gives [n*S, out/P]; else vLLM's own forward."""
         if not self.runs_in_sp():
             return super().forward(input_)
-        out = self._product(input_, self._whole_bias())
-        out = out.view(*out.shape[:-2], -1, out.shape[-1] // self.switch.dims.sp)
+        out = self._rows(input_)
         return (out, None) if self.return_bias else out
+
+    def _rows(self, input_: torch.Tensor) -> torch.Tensor:
+        out = self._product(input_, self._whole_bias())
+        return out.view(*out.shape[:-2], -1, out.shape[-1] // self.switch.dims.sp)
 
 
 class SlottedColumnParallelLinear(_SlottedColumn, ColumnParallelLinear):
@@ -182,7 +189,21 @@ class SlottedMergedColumnParallelLinear(_SlottedColumn, MergedColumnParallelLine
 
 
 class SlottedQKVParallelLinear(_SlottedColumn, QKVParallelLinear):
-    """``QKVParallelLinear`` with slots, each of them the q, k and v heads of one TP=P shard."""
+    """``QKVParallelLinear`` with slots, each of them the q, k and v heads of one TP=P shard.
+
+    In the folded view, or with ``switch.early`` in the head view: of all tokens, the heads of this rank.
+    """
+
+    def _rows(self, input_: torch.Tensor) -> torch.Tensor:
+        switch = self.switch
+        if not switch.early:
+            return super()._rows(input_)
+        if not switch.through_peers:
+            return rows_to_heads(super()._rows(input_), switch.dims.sp, switch.group_name)
+        heads: torch.Tensor = torch.ops.vllm_shift.peers_product_to_heads(
+            input_, self.weight_slots.whole, self._whole_bias(), switch.group_name
+        )
+        return heads
 
 
 class UnfoldedQKVParallelLinear(SlottedQKVParallelLinear):
@@ -281,6 +302,37 @@ def unfold(model: nn.Module) -> None:
             raise NotImplementedError(f"{name}: {type(module).__name__} is not supported in SP mode")
         if isinstance(module, SlottedQKVParallelLinear) and module.shifts:
             module.__class__ = UnfoldedQKVParallelLinear
+
+
+def exchange_early(model: nn.Module, switch: ModeSwitch) -> None:
+    """Exchange q, k and v where they are made, before what a model does to them (rotary embedding, norms of heads).
+
+    What is sent then needs no packing, and one half travels while the other is made. Attention gets the same: rows of
+    all tokens, as in TP mode, with the positions of all tokens.
+
+    Raises:
+        NotImplementedError: not every attention layer has q, k and v of one unquantized layer, and of it alone.
+    """
+    gathered = dict(gathered_modules(model))
+    inside = {child for module in gathered.values() for child in module.modules()}
+    problems = [f"{name} needs positions" for name, module in gathered.items() if _takes_positions(module)]
+    for name, module in model.named_modules():
+        attention = [child for child in module.children() if isinstance(child, Attention)]
+        if not attention or module in inside:
+            continue
+        made = [child for child in module.modules() if isinstance(child, _SlottedColumn) and child.shifts]
+        widths = sum(x.num_heads * x.head_size + x.num_kv_heads * (x.head_size + x.head_size_v) for x in attention)
+        if len(attention) != 1 or [type(layer) for layer in made] != [SlottedQKVParallelLinear]:
+            problems.append(f"{name} does not make q, k and v in one layer")
+        elif made[0].whole is not None or made[0].output_size_per_partition != widths:
+            problems.append(f"{name} has q, k and v quantized, or together with more")
+    if problems:
+        raise NotImplementedError(f"early_exchange does not work with this model: {problems[0]}")
+    switch.early = True
+
+
+def _takes_positions(module: nn.Module) -> bool:
+    return "positions" in inspect.signature(module.forward).parameters
 
 
 def stop_shifting(modules: Iterable[nn.Module]) -> None:

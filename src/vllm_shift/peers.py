@@ -1,9 +1,12 @@
 """The exchange between GPUs that reach each other's memory: every rank writes its rows to where the others want them.
 
 One kernel takes the place of packing, NCCL's all-to-all and unpacking. It writes through PyTorch's symmetric memory:
-buffers whose addresses on all ranks are known to each. Each direction has a buffer of its own, so that one barrier an
-exchange is enough. After the barrier of one direction every rank has read what it got by the other before, because it
-read it, on the same stream, before it came to this barrier. So the next exchange may write there.
+buffers whose addresses on all ranks are known to each. Between two ranks that have much to send, copy engines do it
+instead, on a stream of their own, while the product before or after the exchange runs.
+
+Each direction has a buffer of its own, so that one barrier an exchange is enough. After the barrier of one direction
+every rank has read what it got by the other before, because its barrier comes after that, on the same stream or on one
+that waits for it. So the next exchange may write there.
 """
 
 from collections.abc import Callable, Sequence
@@ -164,6 +167,32 @@ class PeerMemory(Peers):
         self._turn(to_heads=True)
         received = self._heads.exchange((q, k, v), (self._sp, 1, 1, len(q) // self._sp))
         return received if self._keeps else received.clone()
+
+    def product_to_heads(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x`` [n, in] times ``weight`` [S * columns, in], all heads of this rank's tokens: all tokens of its heads.
+
+        With two ranks, and enough to send, what the other rank gets travels while the rest is made.
+        """
+        n, width = len(x), len(weight) // self._sp
+        self._turn(to_heads=True)
+        if self._sp != 2 or n * width * x.element_size() < SWAP_BYTES:
+            folded = F.linear(x, weight, bias).view(-1, width)
+            return self._heads.exchange((folded,), (self._sp, 1, 1, n)).clone()
+        mine, other = self._rank, 1 - self._rank
+        weights = torch.split(weight, width)
+        biases = () if bias is None else torch.split(bias, width)
+        heads, sent = x.new_empty(2 * n, width), x.new_empty(n, width)
+        blocks = torch.split(heads, n)
+
+        def product(slot: int, out: torch.Tensor) -> torch.Tensor:
+            if bias is None:
+                return torch.mm(x, weights[slot].t(), out=out)
+            return torch.addmm(biases[slot], x, weights[slot].t(), out=out)
+
+        product(other, sent)
+        _, received = self._heads.swap(sent, lambda: product(mine, blocks[mine]))
+        blocks[other].copy_(received)
+        return heads
 
     def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """[n*S, ...] in the head view to the folded view."""

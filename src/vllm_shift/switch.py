@@ -35,6 +35,8 @@ class ModeSwitch:
     Attributes:
         in_sp: whether the step that runs is in SP mode.
         eager: run the modules as they are, in both modes, instead of what is compiled for them.
+        early: q, k and v are exchanged where they are made, see ``layers.exchange_early``.
+        group_name: of the SP group, for ``exchange.py``.
         through_peers: exchange through each other's memory, see ``peers.py``.
         own_tokens: LoRA adapters of this rank's tokens, see ``lora.py``; None without LoRA.
         position_repeats: rows of ``positions`` a token in SP mode: S for rotary embedding of folded views, 1 where no
@@ -52,8 +54,8 @@ class ModeSwitch:
     ) -> None:
         self.dims, self.max_tp_tokens = dims, max_tp_tokens
         self.sp_group, self._tp_group = sp_group, tp_group
-        self._group_name = register_group(sp_group)
-        self.in_sp = self.eager = self.through_peers = False
+        self.group_name = register_group(sp_group)
+        self.in_sp = self.eager = self.early = self.through_peers = False
         self.own_tokens: Any = None
 
     def is_sp_step(self, num_tokens: int) -> bool:
@@ -83,6 +85,8 @@ class ModeSwitch:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
         unfolded = of_transformers or not layers or _learns_positions(model)
         self.position_repeats = 1 if unfolded else self.dims.sp
+        if self.early and unfolded:
+            raise NotImplementedError(f"early_exchange does not work with the positions of {type(model).__name__}")
         self._most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
         if layers and current_platform.is_cuda():
             # Not at the top: the CPU backend has no Triton.
@@ -155,7 +159,7 @@ class ModeSwitch:
         return buffer
 
     def _own_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """This rank's of [..., N], repeated, and padded with zeros; in memory that stays where it is.
+        """This rank's of [..., N], repeated, or all of them, and padded with zeros; in memory that stays where it is.
 
         Rotary embeddings of several dimensions (M-RoPE) have a row for each.
         """
@@ -164,8 +168,9 @@ class ModeSwitch:
             # One more than needed, as in vLLM's model runners: torch.compile traces with the largest step, and would
             # take rows of several dimensions for contiguous ones in smaller steps, too.
             self._buffers["positions"] = positions.new_zeros(*positions.shape[:-1], self._most_rows * repeats + 1)
-        own = positions[..., self.dims.local_slice(positions.shape[-1])]
-        own = own.repeat_interleave(repeats, dim=-1)
+        own = positions
+        if not self.early:
+            own = own[..., self.dims.local_slice(own.shape[-1])].repeat_interleave(repeats, dim=-1)
         buffer = self._buffers["positions"][..., : rows * repeats]
         buffer[..., : own.shape[-1]].copy_(own)
         buffer[..., own.shape[-1] :].zero_()
@@ -199,13 +204,14 @@ class ModeSwitch:
         widths = (layer.num_heads * layer.head_size, kv_heads * layer.head_size, kv_heads * layer.head_size_v)
         # Code of transformers gives all slots of a token in one row.
         q, k, v = (x.reshape(-1, width) for x, width in zip(args, widths, strict=True))
-        q, k, v = tokens_to_heads(q, k, v, self.dims.sp, self._group_name, self.through_peers)
+        if not self.early:
+            q, k, v = tokens_to_heads(q, k, v, self.dims.sp, self.group_name, self.through_peers)
         return (self.without_padding(q), self.without_padding(k), self.without_padding(v)), kwargs
 
     def _after_attention(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
         if not self.in_sp:
             return None
-        return heads_to_tokens(self.with_padding(output), self.dims.sp, self._group_name, self.through_peers)
+        return heads_to_tokens(self.with_padding(output), self.dims.sp, self.group_name, self.through_peers)
 
     def without_padding(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of all tokens, [n*S, ...] to [N, ...]."""
