@@ -1,7 +1,8 @@
 """Time of one layer's exchange, both directions, between real GPUs: through NCCL and through each other's memory.
 
 In CUDA graphs, without anything else on the GPUs; packing for NCCL and unpacking are compiled, as in an engine. The
-output projection is timed after it, and as one op with the second direction. First compares what they all give.
+products before and after it are timed, too: with the exchange between them, with the second direction beside its
+product, and with both (``early_exchange``). First compares what they all give.
 Example: python benchmarks/exchange_times.py --shape 8b --sp 2
 """
 
@@ -11,6 +12,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,45 +69,62 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
     layer = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_size=size, head_size_v=size)
     use_peers(group, PeerMemory(group, [layer], max(args.tokens), torch.bfloat16, keeps=True))
 
-    # Of the output projection, in the layout of the slots.
-    weight = torch.randn(args.sp * heads * size, sizes["hidden_size"], device=device, dtype=torch.bfloat16).t() / 64
+    # Of the output projection, in the layout of the slots, and of q, k and v.
+    hidden, widths = sizes["hidden_size"], (heads * size, kv_heads * size, kv_heads * size)
+    output = torch.randn(args.sp * heads * size, hidden, device=device, dtype=torch.bfloat16).t() / 64
+    qkv = torch.randn(args.sp * sum(widths), hidden, device=device, dtype=torch.bfloat16) / 64
 
-    def before(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, way: str) -> tuple[torch.Tensor, ...]:
-        return tokens_to_heads(q, k, v, args.sp, name, way != "NCCL")
+    def ways(h: Any, q: Any, k: Any, v: Any, x: Any) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+        """What comes before attention, and what comes after it: q, k, v and this rank's tokens or their product."""
+        ops, group = torch.ops.vllm_shift, {"sp": args.sp, "group_name": name}
+        peers = group | {"through_peers": True}
+        there, back = (torch.compile(part, dynamic=False) for part in (tokens_to_heads, heads_to_tokens))
 
-    def after(x: torch.Tensor, way: str) -> torch.Tensor:
-        if way == "in product":
-            return torch.ops.vllm_shift.peers_heads_to_product(x, weight, name)
-        tokens = heads_to_tokens(x, args.sp, name, way != "NCCL")
-        return F.linear(tokens.view(-1, weight.shape[1]), weight) if way == "then product" else tokens
+        def made() -> Any:
+            return F.linear(h, qkv).view(-1, sum(widths)).split(widths, dim=-1)
 
-    def exchange(way: str) -> Callable[..., list[torch.Tensor]]:
-        first, second = partial(before, way=way), partial(after, way=way)
-        if way == "NCCL":
-            # One by one, as attention is between them; compiled together they might change places.
-            first, second = (torch.compile(part, dynamic=False) for part in (first, second))
-        return lambda q, k, v, x: [*first(q, k, v), second(x)]
+        def product() -> Any:
+            return F.linear(heads_to_tokens(x, **peers).view(-1, output.shape[1]), output)
+
+        def early() -> Any:
+            return ops.peers_product_to_heads(h, qkv, None, name).split(widths, dim=-1)
+
+        beside = partial(ops.peers_heads_to_product, x, output, name)
+        return {
+            "NCCL": (partial(there, q, k, v, **group), partial(back, x, **group)),
+            "peers": (partial(tokens_to_heads, q, k, v, **peers), partial(heads_to_tokens, x, **peers)),
+            "between products": (lambda: tokens_to_heads(*made(), **peers), product),
+            "second beside": (lambda: tokens_to_heads(*made(), **peers), beside),
+            "both beside": (early, beside),
+        }
 
     if rank == 0:
-        print("| tokens | NCCL, us | peers | peers / NCCL | peers, then product | in product | in / then |")
-        print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+        print(
+            "| tokens | NCCL, us | peers | / NCCL | between products | second beside | / between | both | / between |"
+        )
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for tokens in args.tokens:
-        rows = tokens // args.sp * args.sp
-        widths = (heads * size, kv_heads * size, kv_heads * size, heads * size)
-        inputs = [torch.randn(rows, width, device=device, dtype=torch.bfloat16) for width in widths]
+        n = tokens // args.sp
+        shapes = [(n, hidden), *((n * args.sp, width) for width in (*widths, widths[0]))]
         torch.compiler.reset()  # or it would give up after so many sizes
-        ways = ("NCCL", "peers", "then product", "in product")
-        calls = [partial(exchange(way), *inputs) for way in ways]
-        found = [call() for call in calls]
-        for parts in zip(*(each[:3] for each in found), strict=True):
-            assert all(torch.equal(part, parts[0]) for part in parts), tokens
-        assert torch.equal(found[0][3], found[1][3]), tokens
-        # Sums in another order: as far apart as bf16 rounds the parts.
-        torch.testing.assert_close(found[3][3], found[2][3], rtol=0.02, atol=0.02 * float(found[2][3].abs().max()))
-        nccl, peers, then, during = (microseconds(call) for call in calls)
+        found, times = {}, {}
+        for way, parts in ways(*(torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)).items():
+            # The next exchange may write to what the first one gives.
+            found[way] = [[x.clone() for x in parts[0]()], parts[1]()]
+            times[way] = microseconds(lambda parts=parts: [part() for part in parts])
+        assert all(map(torch.equal, found["NCCL"][0], found["peers"][0])), tokens
+        assert torch.equal(found["NCCL"][1], found["peers"][1]), tokens
+        for way in ("second beside", "both beside"):
+            expected = [*found["between products"][0], found["between products"][1]]
+            for part, same in zip([*found[way][0], found[way][1]], expected, strict=True):
+                # Sums in another order: as far apart as bf16 rounds the parts.
+                torch.testing.assert_close(part, same, rtol=0.02, atol=0.02 * float(same.abs().max()))
+        nccl, peers, between, second, both = times.values()
         if rank == 0:
-            row = f"{nccl:.1f} | {peers:.1f} | {peers / nccl:.2f} | {then:.1f} | {during:.1f} | {during / then:.2f}"
-            print(f"| {tokens} | {row} |", flush=True)
+            ratios = f"{second:.1f} | {second / between:.2f} | {both:.1f} | {both / between:.2f}"
+            print(
+                f"| {tokens} | {nccl:.1f} | {peers:.1f} | {peers / nccl:.2f} | {between:.1f} | {ratios} |", flush=True
+            )
     dist.destroy_process_group()
 
 
@@ -113,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--sp", type=int, default=2)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[128, 512, 1000, 2000, 4000, 8000])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[128, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--port", type=int, default=29555)
     args = parser.parse_args()
     torch.multiprocessing.spawn(run_rank, args=(args,), nprocs=args.sp)
