@@ -163,7 +163,7 @@ def test_both_modes_equal_vllms_layers(form, kind, sp, tp):
     n = 5
     for rank in range(sp * tp):
         dims = ParallelDims(sp, tp, rank)
-        switch = SimpleNamespace(dims=dims, in_sp=False, all_reduce_tp=lambda x: x)
+        switch = SimpleNamespace(dims=dims, in_sp=False, early=False, all_reduce_tp=lambda x: x)
         ours = make(kind, form, dims.world, rank, switch)
         of_p, of_t = make(kind, form, dims.world, rank), make(kind, form, tp, dims.tp_rank)
         width = MIDDLE // tp if kind == "down" else HIDDEN
@@ -192,7 +192,7 @@ def test_both_modes_equal_vllms_layers(form, kind, sp, tp):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_copy_where_the_format_can_be_sliced(form, kind):
     dims = ParallelDims(2, 1, 1)
-    layer = make(kind, form, 2, 1, SimpleNamespace(dims=dims, in_sp=False))
+    layer = make(kind, form, 2, 1, SimpleNamespace(dims=dims, in_sp=False, early=False))
     one_copy = kind != "down"
     same = layer.weight.untyped_storage().data_ptr() == layer.whole.weight.untyped_storage().data_ptr()
     assert same == one_copy
