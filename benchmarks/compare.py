@@ -368,8 +368,8 @@ def main() -> None:
     parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--folder", type=Path, required=True, help="of the results")
-    parser.add_argument("--contenders", nargs="*", help="only these")
-    parser.add_argument("--only", nargs="*", help="only these workloads")
+    parser.add_argument("--contenders", nargs="+", choices=contenders(1), help="only these, in this order")
+    parser.add_argument("--only", nargs="+", choices=workloads(1, 1, 1), help="only these workloads")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: smaller workloads, to try it")
     parser.add_argument("--load", type=float, default=1.0, help="factor on requests; smaller for larger models")
     parser.add_argument("--burst-seconds", type=float, default=40, help="length of the traffic with bursts")
@@ -380,7 +380,8 @@ def main() -> None:
     # Where a time limit ends this command, its servers have to end, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args.folder.mkdir(parents=True, exist_ok=True)
-    chosen = {name: each for name, each in contenders(args.gpus).items() if name in (args.contenders or (name,))}
+    everyone = contenders(args.gpus)
+    chosen = {name: everyone[name] for name in args.contenders or everyone}
     model = write_config(SHAPES[args.shape], args.folder, tokenizer=True)
     names = list(chosen)
     for first in range(0, len(names), args.together):
