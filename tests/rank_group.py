@@ -34,6 +34,11 @@ class Case:
         return self.sp * self.tp
 
     @property
+    def early(self) -> bool:
+        """Whether it also runs with early_exchange: llama with biases, qwen3 with norms of heads."""
+        return self.name in ("llama", "qwen3") and self.sp == 2
+
+    @property
     def nightly(self) -> bool:
         return self.name in tiny.MORE_CONFIGS and self.world > 2
 
@@ -41,9 +46,6 @@ class Case:
 def thresholds_of(name: str) -> list[int]:
     return THRESHOLDS if name in tiny.CONFIGS else THRESHOLDS[:2]
 
-
-# Also with early_exchange: llama with biases, qwen3 with norms of heads.
-EARLY = ("llama", "qwen3")
 
 CASES = [
     Case(name, sp, tp)
@@ -161,7 +163,7 @@ class Group:
                 shift = model | {"tensor_parallel_size": case.tp, "ulysses_sequence_parallel_size": case.sp}
                 shift |= {"enable_shift_parallel": True}
                 engines.append({"name": f"{name}-{case.sp}x{case.tp}", "args": shift, "thresholds": thresholds})
-                if name in EARLY and case.sp == 2:
+                if case.early:
                     early = shift | {"additional_config": {"shift_parallel": {"early_exchange": True}}}
                     engines.append({"name": engines[-1]["name"] + "-early", "args": early, "thresholds": thresholds})
         if world == 2 and not nightly:

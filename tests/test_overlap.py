@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_exchange import SimpleGroup
+from test_exchange import PlainPeers, SimpleGroup
 from torch import fx
 from vllm.platforms import current_platform
 
@@ -14,16 +14,6 @@ from vllm_shift.layers import Slotted
 from vllm_shift.overlap import OverlapPass
 
 SP, WIDTH, OUT = 2, 3, 5
-
-
-class PlainPeers(exchange.Peers):
-    """Stands for ranks that send rows of ones more."""
-
-    def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 1
-
-    def heads_to_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return (x + 1).view(-1, weight.shape[1]) @ weight.t()
 
 
 def graph_of(bias: bool, read_twice: bool, exchanged: bool) -> fx.Graph:

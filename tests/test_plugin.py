@@ -10,7 +10,7 @@ import pytest
 import support_table
 import tiny
 import vllm
-from rank_group import CASES, EARLY, Group
+from rank_group import CASES, Group
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.model_executor import custom_op
@@ -316,7 +316,7 @@ def test_groups_start_the_engines_of_the_cases_only(monkeypatch, tmp_path, night
     started = {engine["name"] for engine in Group(4, nightly, tmp_path).engines}
     cases = [case for case in CASES if (case.world, case.nightly) == (4, nightly)]
     ours, stock = {f"{case.name}-{case.sp}x{case.tp}" for case in cases}, {f"{case.name}-stock" for case in cases}
-    early = {f"{case.name}-{case.sp}x{case.tp}-early" for case in cases if case.name in EARLY and case.sp == 2}
+    early = {f"{case.name}-{case.sp}x{case.tp}-early" for case in cases if case.early}
     assert started == ours | early | stock
 
 

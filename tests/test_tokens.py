@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from rank_group import CASES, EARLY, NEVER, thresholds_of
+from rank_group import CASES, NEVER, thresholds_of
 
 pytestmark = pytest.mark.engine
 
@@ -21,7 +21,7 @@ RUNS = [
         id=f"{case.name}-sp{case.sp}-tp{case.tp}{early}-threshold{threshold}",
     )
     for case in CASES
-    for early in (("", "-early") if case.name in EARLY and case.sp == 2 else ("",))
+    for early in (("", "-early") if case.early else ("",))
     for number, threshold in enumerate(thresholds_of(case.name))
 ]
 CORE = [run for run in RUNS if run.values[0][0].name in tiny.CONFIGS]

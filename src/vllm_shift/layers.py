@@ -36,7 +36,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_shift.exchange import rows_to_heads
-from vllm_shift.gathered import gathered_modules
+from vllm_shift.gathered import gathered_modules, inside_gathered
 from vllm_shift.quantized import TwoModeMethod, WholeLinear, check_method
 from vllm_shift.slots import Slots
 from vllm_shift.switch import ModeSwitch
@@ -313,9 +313,8 @@ def exchange_early(model: nn.Module, switch: ModeSwitch) -> None:
     Raises:
         NotImplementedError: not every attention layer has q, k and v of one unquantized layer, and of it alone.
     """
-    gathered = dict(gathered_modules(model))
-    inside = {child for module in gathered.values() for child in module.modules()}
-    problems = [f"{name} needs positions" for name, module in gathered.items() if _takes_positions(module)]
+    inside = inside_gathered(model)
+    problems = [f"{name} needs positions" for name, module in gathered_modules(model) if _takes_positions(module)]
     for name, module in model.named_modules():
         attention = [child for child in module.children() if isinstance(child, Attention)]
         if not attention or module in inside:

@@ -156,7 +156,7 @@ class PeerMemory(Peers):
     def __init__(
         self, group: GroupCoordinator, layers: Sequence[Attention], rows: int, dtype: torch.dtype, keeps: bool
     ) -> None:
-        self._sp, self._rank = group.world_size, group.rank_in_group
+        self._sp, self._rank, self._item_size = group.world_size, group.rank_in_group, dtype.itemsize
         self._keeps, self._with_heads = keeps, False
         head = max(x.num_heads * x.head_size + x.num_kv_heads * (x.head_size + x.head_size_v) for x in layers)
         self._heads = _Buffer(rows * head, dtype, group)
@@ -175,7 +175,7 @@ class PeerMemory(Peers):
         """
         n, width = len(x), len(weight) // self._sp
         self._turn(to_heads=True)
-        if self._sp != 2 or n * width * x.element_size() < SWAP_BYTES:
+        if not self._swaps(n, width):
             folded = F.linear(x, weight, bias).view(-1, width)
             return self._heads.exchange((folded,), (self._sp, 1, 1, n)).clone()
         mine, other = self._rank, 1 - self._rank
@@ -204,13 +204,17 @@ class PeerMemory(Peers):
         With two ranks, and enough to send, the product with the heads that are here runs while the others come.
         """
         n, width = len(x) // self._sp, x.shape[1]
-        if self._sp != 2 or n * width * x.element_size() < SWAP_BYTES:
+        if not self._swaps(n, width):
             return F.linear(self._received_tokens(x).view(n, -1), weight)
         self._turn(to_heads=False)
         mine, other = self._rank, 1 - self._rank
         blocks, weights = torch.split(x, n), torch.split(weight, width, dim=1)
         product, received = self._tokens.swap(blocks[other], lambda: F.linear(blocks[mine], weights[mine]))
         return product.addmm_(received, weights[other].t())
+
+    def _swaps(self, rows: int, columns: int) -> bool:
+        """Whether a block of this size is worth a swap; only two ranks can."""
+        return self._sp == 2 and rows * columns * self._item_size >= SWAP_BYTES
 
     def _received_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """``heads_to_tokens`` in memory that the next exchange writes to."""
