@@ -2,11 +2,13 @@
 
 One kernel takes the place of packing, NCCL's all-to-all and unpacking. It writes through PyTorch's symmetric memory:
 buffers whose addresses on all ranks are known to each. Between two ranks that have much to send, copy engines do it
-instead, on a stream of their own, while the product before or after the exchange runs.
+instead, on a stream of their own, while the product before or after the exchange runs. That stream has no kernels, not
+even a barrier: once kernels of two streams have run at the same time, a GPU leaves more time between the kernels of
+CUDA graphs from then on, and decoding takes 4 % longer (benchmarks/results/2026-11-25-h100-x2.md).
 
 Each direction has a buffer of its own, so that one barrier an exchange is enough. After the barrier of one direction
-every rank has read what it got by the other before, because its barrier comes after that, on the same stream or on one
-that waits for it. So the next exchange may write there.
+every rank has read what it got by the other before, because its barrier comes after that on the same stream. So the
+next exchange may write there.
 """
 
 from collections.abc import Callable, Sequence
@@ -136,9 +138,9 @@ class _Buffer:
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
             self._handle.get_buffer(1 - self._rank, x.shape, x.dtype).copy_(x)
-            self._handle.barrier()
         result = meanwhile()
         here.wait_stream(self._stream)
+        self._handle.barrier()
         return result, self._memory[: x.numel()].view(x.shape)
 
 
