@@ -56,7 +56,6 @@ def contenders(gpus: int) -> dict[str, Contender]:
     arctic = {"VLLM_PLUGINS": "arctic_inference", "ARCTIC_INFERENCE_ENABLED": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     ulysses = ("--ulysses-sequence-parallel-size", str(gpus))
     shift = (*ulysses, "--enable-shift-parallel", "--shift-parallel-threshold")
-    early = '{"shift_parallel": {"early_exchange": true}}'
     return {
         "stock TP": Contender(("--tensor-parallel-size", str(gpus)), stock),
         "stock DP": Contender(("--data-parallel-size", str(gpus)), stock),
@@ -64,7 +63,6 @@ def contenders(gpus: int) -> dict[str, Contender]:
         "shift auto": Contender((*shift, "auto"), ours),
         # As many tokens a step and rank as with data parallelism, where vLLM's default is 8192 an engine.
         "shift wide": Contender((*shift, "256", "--max-num-batched-tokens", str(8192 * gpus)), ours),
-        "shift early": Contender((*shift, "256", "--additional-config", early), ours),
         "shift V1": Contender((*shift, "256"), ours | {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
         "ulysses": Contender(ulysses, ours),
         "arctic": Contender((*shift, "256"), arctic),

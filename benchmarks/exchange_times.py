@@ -2,7 +2,7 @@
 
 In CUDA graphs, without anything else on the GPUs; packing for NCCL and unpacking are compiled, as in an engine. The
 products before and after it are timed, too: with the exchange between them, with the second direction beside its
-product, and with both (``early_exchange``). First compares what they all give.
+product, and with both, as an engine of two ranks runs them. First compares what they all give.
 Example: python benchmarks/exchange_times.py --shape 8b --sp 2
 """
 

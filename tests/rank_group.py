@@ -34,11 +34,6 @@ class Case:
         return self.sp * self.tp
 
     @property
-    def early(self) -> bool:
-        """Whether it also runs with early_exchange: llama with biases, qwen3 with norms of heads."""
-        return self.name in ("llama", "qwen3") and self.sp == 2
-
-    @property
     def nightly(self) -> bool:
         return self.name in tiny.MORE_CONFIGS and self.world > 2
 
@@ -163,9 +158,6 @@ class Group:
                 shift = model | {"tensor_parallel_size": case.tp, "ulysses_sequence_parallel_size": case.sp}
                 shift |= {"enable_shift_parallel": True}
                 engines.append({"name": f"{name}-{case.sp}x{case.tp}", "args": shift, "thresholds": thresholds})
-                if case.early:
-                    early = shift | {"additional_config": {"shift_parallel": {"early_exchange": True}}}
-                    engines.append({"name": engines[-1]["name"] + "-early", "args": early, "thresholds": thresholds})
         if world == 2 and not nightly:
             engines += self_checks(str(folder / "qwen3")) + quantized(folder)
         common = {

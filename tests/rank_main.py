@@ -52,6 +52,10 @@ def stock_facts(worker: Any) -> dict[str, Any]:
     }
 
 
+def exchanges_early(worker: Any) -> bool:
+    return worker.switch.early
+
+
 def weight_facts(worker: Any) -> dict[str, Any]:
     """Where the weights are, and how many bytes they take."""
     from vllm_shift.worker import weight_bytes
@@ -102,6 +106,7 @@ def run_engine(job: dict[str, Any], engine: dict[str, Any], stock_caches: list[A
             after = rpc("shift_stats")[0]
             run["stats"] = {name: after[name] - before[name] for name in after}
             run["weights"] = rpc(weight_facts)[0]
+            run["early"] = rpc(exchanges_early)[0]
             pairs = list(zip(caches, stock_caches[number], strict=True))
             run["kv_difference"] = max(float((ours - stock).abs().max()) for ours, stock in pairs)
             run["kv_written"] = [int((cache != 0).any(-1).sum()) for pair in pairs for cache in pair]

@@ -1,18 +1,16 @@
-"""Which models can exchange q, k and v where they are made."""
+"""Which models exchange q, k and v where they are made."""
 
 import pytest
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
-from vllm_shift.dims import ParallelDims
 from vllm_shift.layers import (
     SlottedColumnParallelLinear,
     SlottedQKVParallelLinear,
     SlottedRowParallelLinear,
-    exchange_early,
+    why_not_early,
 )
-from vllm_shift.switch import ModeSwitch
 
 
 def bare(kind: type, **attributes: object) -> nn.Module:
@@ -28,8 +26,10 @@ def attention() -> nn.Module:
     return bare(Attention, num_heads=4, num_kv_heads=1, head_size=8, head_size_v=8)
 
 
-def qkv(columns: int = 48, whole: object = None) -> nn.Module:
-    return bare(SlottedQKVParallelLinear, shifts=True, whole=whole, output_size_per_partition=columns)
+def qkv(columns: int = 48, whole: object = None, adapters: object = None) -> nn.Module:
+    return bare(
+        SlottedQKVParallelLinear, shifts=True, whole=whole, adapters=adapters, output_size_per_partition=columns
+    )
 
 
 def block(**children: nn.Module) -> nn.Module:
@@ -41,11 +41,12 @@ def block(**children: nn.Module) -> nn.Module:
 
 SOUND = {"qkv_proj": qkv, "attn": attention, "o_proj": lambda: bare(SlottedRowParallelLinear, shifts=True)}
 REFUSED = {
-    "a gate": ({"gate": lambda: bare(SlottedColumnParallelLinear, shifts=True)}, "self_attn does not make q, k and v"),
-    "no layer for all": ({"qkv_proj": nn.Identity}, "self_attn does not make q, k and v"),
-    "two attention layers": ({"other": attention}, "self_attn does not make q, k and v"),
-    "a gate in the layer": ({"qkv_proj": lambda: qkv(80)}, "self_attn has q, k and v quantized, or together with more"),
-    "quantized": ({"qkv_proj": lambda: qkv(whole=object())}, "self_attn has q, k and v quantized"),
+    "a gate": ({"gate": lambda: bare(SlottedColumnParallelLinear, shifts=True)}, "does not make q, k and v in one"),
+    "no layer for all": ({"qkv_proj": nn.Identity}, "does not make q, k and v in one"),
+    "two attention layers": ({"other": attention}, "does not make q, k and v in one"),
+    "a gate in the layer": ({"qkv_proj": lambda: qkv(80)}, "makes q, k and v together with more"),
+    "quantized": ({"qkv_proj": lambda: qkv(whole=object())}, "makes q, k and v of quantized weights or with LoRA"),
+    "LoRA": ({"qkv_proj": lambda: qkv(adapters=object())}, "makes q, k and v of quantized weights or with LoRA"),
 }
 
 
@@ -56,25 +57,25 @@ def model_of(**changed: object) -> nn.Module:
 
 
 def test_a_block_of_one_product_and_attention_can():
-    switch = ModeSwitch.__new__(ModeSwitch)
-    switch.early, switch.dims = False, ParallelDims(2, 1, 0)
-    exchange_early(model_of(), switch)
-    assert switch.early
+    assert why_not_early(model_of()) is None
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_others_are_refused_by_name(case):
+def test_others_say_why_not(case):
     changed, problem = REFUSED[case]
-    switch = ModeSwitch.__new__(ModeSwitch)
-    switch.early = False
-    with pytest.raises(NotImplementedError, match=rf"layers\.0\.{problem}"):
-        exchange_early(model_of(**changed), switch)
-    assert not switch.early
+    assert f"layers.0.self_attn {problem}" in why_not_early(model_of(**changed))
 
 
-def test_gathered_modules_that_take_positions_are_refused():
+def test_nothing_else_may_take_positions():
     model = model_of()
     model.mla = bare(MultiHeadLatentAttentionWrapper)
-    switch = ModeSwitch.__new__(ModeSwitch)
-    with pytest.raises(NotImplementedError, match="mla needs positions"):
-        exchange_early(model, switch)
+    assert why_not_early(model) == "mla takes positions"
+    # In a table instead of a rotation, as OPT.
+    model = model_of()
+    model.embed_positions = nn.Embedding(8, 4)
+    assert why_not_early(model) == "the model learns positions"
+
+
+def test_attention_elsewhere_cannot():
+    # Code of transformers calls attention layers that are no part of its modules.
+    assert why_not_early(model_of(attn=nn.Identity)) == "no layer of the model has attention"

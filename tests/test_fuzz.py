@@ -30,7 +30,6 @@ SENSIBLE = st.fixed_dictionaries(
         "enable_shift_parallel": st.booleans(),
         "shift_parallel_threshold": st.integers(-1, 600) | st.integers() | st.just(AUTO),
         "self_check": st.booleans(),
-        "early_exchange": st.booleans(),
     },
 )
 # The same examples every time, in CI as well.

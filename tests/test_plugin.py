@@ -171,7 +171,6 @@ def test_the_flags_become_a_stock_config_of_all_ranks(llama):
         "enable_shift_parallel": True,
         "shift_parallel_threshold": 99,
         "self_check": True,
-        "early_exchange": False,
     }
     assert not custom_op.op_registry_oot
 
@@ -263,7 +262,7 @@ def everything_unsupported(name):
         model_config=SimpleNamespace(
             runner_type="pooling", is_moe=True, quantization="fp8", architecture="Olmo2ForCausalLM"
         ),
-        additional_config={"shift_parallel": {"tensor_parallel_size": 2, "early_exchange": True}},
+        additional_config={"shift_parallel": {"tensor_parallel_size": 2}},
     )  # fmt: skip
     return {"model": model, "engine": engine}[name]
 
@@ -316,8 +315,7 @@ def test_groups_start_the_engines_of_the_cases_only(monkeypatch, tmp_path, night
     started = {engine["name"] for engine in Group(4, nightly, tmp_path).engines}
     cases = [case for case in CASES if (case.world, case.nightly) == (4, nightly)]
     ours, stock = {f"{case.name}-{case.sp}x{case.tp}" for case in cases}, {f"{case.name}-stock" for case in cases}
-    early = {f"{case.name}-{case.sp}x{case.tp}-early" for case in cases if case.early}
-    assert started == ours | early | stock
+    assert started == ours | stock
 
 
 def test_versions_agree():

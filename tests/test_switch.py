@@ -178,13 +178,6 @@ class LearnsPositions(Model):
         return super().forward(input_ids, positions) + self.embed_positions(positions)
 
 
-def test_early_exchange_is_refused_where_positions_are_learned(make):
-    switch, _ = make(2, 1, 0)
-    switch.early = True
-    with pytest.raises(NotImplementedError, match="positions of Learns"):
-        switch.attach(LearnsPositions(), VLLM_CONFIG)
-
-
 def test_learned_positions_have_the_rows_of_hidden_states(make):
     switch, _ = make(2, 1, 0)
     model = LearnsPositions()

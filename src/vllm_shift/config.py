@@ -28,7 +28,6 @@ class ShiftConfig:
         enable_shift_parallel: choose the mode step by step; otherwise every step runs in SP mode.
         shift_parallel_threshold: largest number of tokens of a step that runs in TP mode, or ``"auto"``.
         self_check: compare the two modes at start-up. It has no flag.
-        early_exchange: exchange q, k and v as soon as they are made, see ``layers.exchange_early``. It has no flag.
 
     Raises:
         ValueError: a value is of the wrong type or outside its range.
@@ -39,7 +38,6 @@ class ShiftConfig:
     enable_shift_parallel: bool = False
     shift_parallel_threshold: int | str = DEFAULT_THRESHOLD
     self_check: bool = True
-    early_exchange: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "ulysses_sequence_parallel_size"):
@@ -53,7 +51,7 @@ class ShiftConfig:
             )
         if type(threshold) is int and threshold > MAX_THRESHOLD:
             raise ValueError(f"shift_parallel_threshold must be at most {MAX_THRESHOLD}, got {threshold}")
-        for name in ("enable_shift_parallel", "self_check", "early_exchange"):
+        for name in ("enable_shift_parallel", "self_check"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.enable_shift_parallel and self.ulysses_sequence_parallel_size == 1:

@@ -39,7 +39,7 @@ from vllm_shift.exchange import rows_to_heads
 from vllm_shift.gathered import gathered_modules, inside_gathered
 from vllm_shift.quantized import TwoModeMethod, WholeLinear, check_method
 from vllm_shift.slots import Slots
-from vllm_shift.switch import ModeSwitch
+from vllm_shift.switch import ModeSwitch, learns_positions
 
 _switch: ModeSwitch | None = None
 
@@ -191,7 +191,7 @@ class SlottedMergedColumnParallelLinear(_SlottedColumn, MergedColumnParallelLine
 class SlottedQKVParallelLinear(_SlottedColumn, QKVParallelLinear):
     """``QKVParallelLinear`` with slots, each of them the q, k and v heads of one TP=P shard.
 
-    In the folded view, or with ``switch.early`` in the head view: of all tokens, the heads of this rank.
+    In the folded view, or with ``switch.early`` in the head view: of all tokens, this rank's heads.
     """
 
     def _rows(self, input_: torch.Tensor) -> torch.Tensor:
@@ -304,30 +304,35 @@ def unfold(model: nn.Module) -> None:
             module.__class__ = UnfoldedQKVParallelLinear
 
 
-def exchange_early(model: nn.Module, switch: ModeSwitch) -> None:
-    """Exchange q, k and v where they are made, before what a model does to them (rotary embedding, norms of heads).
+def why_not_early(model: nn.Module) -> str | None:
+    """Why q, k and v cannot be exchanged where they are made, before rotary embedding and norms of heads.
 
-    What is sent then needs no packing, and one half travels while the other is made. Attention gets the same: rows of
-    all tokens, as in TP mode, with the positions of all tokens.
+    What is sent then needs no packing, and between two ranks one half travels while the other is made. Attention gets
+    the same: rows of all tokens, as in TP mode, with the positions of all tokens.
 
-    Raises:
-        NotImplementedError: not every attention layer has q, k and v of one unquantized layer, and of it alone.
+    Returns:
+        None where they can: q, k and v come from one unquantized layer, alone, and nothing else takes positions.
     """
-    inside = inside_gathered(model)
-    problems = [f"{name} needs positions" for name, module in gathered_modules(model) if _takes_positions(module)]
+    if learns_positions(model):
+        return "the model learns positions"
+    inside, found = inside_gathered(model), False
+    for name, module in gathered_modules(model):
+        if _takes_positions(module):
+            return f"{name} takes positions"
     for name, module in model.named_modules():
         attention = [child for child in module.children() if isinstance(child, Attention)]
         if not attention or module in inside:
             continue
-        made = [child for child in module.modules() if isinstance(child, _SlottedColumn) and child.shifts]
+        found = True
+        made: list[Any] = [child for child in module.modules() if isinstance(child, _SlottedColumn) and child.shifts]
         widths = sum(x.num_heads * x.head_size + x.num_kv_heads * (x.head_size + x.head_size_v) for x in attention)
         if len(attention) != 1 or [type(layer) for layer in made] != [SlottedQKVParallelLinear]:
-            problems.append(f"{name} does not make q, k and v in one layer")
-        elif made[0].whole is not None or made[0].output_size_per_partition != widths:
-            problems.append(f"{name} has q, k and v quantized, or together with more")
-    if problems:
-        raise NotImplementedError(f"early_exchange does not work with this model: {problems[0]}")
-    switch.early = True
+            return f"{name} does not make q, k and v in one layer"
+        if made[0].output_size_per_partition != widths:
+            return f"{name} makes q, k and v together with more"
+        if made[0].whole is not None or made[0].adapters is not None:
+            return f"{name} makes q, k and v of quantized weights or with LoRA"
+    return None if found else "no layer of the model has attention"
 
 
 def _takes_positions(module: nn.Module) -> bool:

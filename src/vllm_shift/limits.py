@@ -241,14 +241,6 @@ ENGINE_LIMITS = (
         "unset VLLM_LORA_ENABLE_DUAL_STREAM",
     ),
     Limit(
-        "LoRA or a quantized model together with early_exchange",
-        lambda config: (
-            config.additional_config[CONFIG_KEY]["early_exchange"]
-            and (config.lora_config is not None or config.model_config.quantization)
-        ),
-        f'leave out additional_config["{CONFIG_KEY}"]["early_exchange"]',
-    ),
-    Limit(
         "speculative decoding other than n-gram, EAGLE, EAGLE-3 and draft models",
         lambda config: config.speculative_config and _not_in(config.speculative_config.method, SPECULATIVE_METHODS),
         f"use one of the methods {', '.join(SPECULATIVE_METHODS)}",

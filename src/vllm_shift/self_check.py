@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from vllm import PoolingParams, SamplingParams
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import is_quantized_kv_cache
@@ -28,6 +30,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
 
 from vllm_shift.gathered import gathered_modules
+from vllm_shift.layers import SlottedQKVParallelLinear
 from vllm_shift.quantized import quantizes_inputs
 from vllm_shift.switch import ModeSwitch
 
@@ -410,10 +413,10 @@ class SelfCheck:
         sp, sp_rank = self._switch.dims.sp, self._switch.dims.sp_rank
         rows = self._switch.dims.local_tokens(sum(lengths))
         own = self._switch.dims.local_slice(sum(lengths))
-        layer = 0
+        layer, exchanged = 0, False
 
-        def record(name: str, output: Any) -> None:
-            nonlocal layer
+        def record(module: nn.Module, name: str, output: Any) -> None:
+            nonlocal layer, exchanged
             tensors = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
             if not self._switch.in_sp:
                 kept = [x[own] if x.dim() and len(x) == sum(lengths) else x.new_empty(0) for x in tensors]
@@ -421,13 +424,17 @@ class SelfCheck:
                 recorded[name].append([x.to("cpu", copy=True) for x in kept])
                 return
             layer = max(layer, _layer(name))
+            if isinstance(module, SlottedQKVParallelLinear):
+                exchanged = self._switch.early
+            elif isinstance(module, Attention):  # what it gives has been exchanged back
+                exchanged = False
             calls = outputs.setdefault(name, iter(recorded[name]))
             for expected, x in zip(next(calls, []), tensors, strict=False):
                 if not len(expected) or not x.dim():
                     continue
-                if len(x) == rows * sp:  # folded: this rank's own slot is its TP shard
+                if len(x) == rows * sp and not exchanged:  # folded: this rank's own slot is its TP shard
                     x = x.view(rows, sp, *x.shape[1:])[:, sp_rank]
-                elif len(x) == sum(lengths):
+                elif len(x) in (rows * sp, sum(lengths)):
                     x = x[own]
                 x = x[: len(expected)]
                 if x.shape == expected.shape and x.is_floating_point():
@@ -439,7 +446,7 @@ class SelfCheck:
         # What runs inside a gathered module has the rows of all tokens, in another order than a folded view.
         inside = tuple(f"{name}." for name, _ in gathered_modules(model))
         hooks = [
-            module.register_forward_hook(lambda _, __, output, name=name: record(name, output))
+            module.register_forward_hook(lambda module, _, output, name=name: record(module, name, output))
             for name, module in model.named_modules()
             if name and not name.startswith(inside)
         ]

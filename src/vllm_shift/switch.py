@@ -35,7 +35,7 @@ class ModeSwitch:
     Attributes:
         in_sp: whether the step that runs is in SP mode.
         eager: run the modules as they are, in both modes, instead of what is compiled for them.
-        early: q, k and v are exchanged where they are made, see ``layers.exchange_early``.
+        early: q, k and v are exchanged where they are made, see ``layers.why_not_early``.
         group_name: of the SP group, for ``exchange.py``.
         through_peers: exchange through each other's memory, see ``peers.py``.
         own_tokens: LoRA adapters of this rank's tokens, see ``lora.py``; None without LoRA.
@@ -83,10 +83,8 @@ class ModeSwitch:
             raise NotImplementedError(f"{type(model).__name__} has layers that SP mode does not know: {unknown}")
         if not layers and not inside:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
-        unfolded = of_transformers or not layers or _learns_positions(model)
+        unfolded = of_transformers or not layers or learns_positions(model)
         self.position_repeats = 1 if unfolded else self.dims.sp
-        if self.early and unfolded:
-            raise NotImplementedError(f"early_exchange does not work with the positions of {type(model).__name__}")
         self._most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
         if layers and current_platform.is_cuda():
             # Not at the top: the CPU backend has no Triton.
@@ -226,7 +224,7 @@ class ModeSwitch:
         return torch.cat((x, x.new_zeros(rows - len(x), *x.shape[1:])))
 
 
-def _learns_positions(model: nn.Module) -> bool:
+def learns_positions(model: nn.Module) -> bool:
     """Whether positions are looked up in a table, as GPT-2's and OPT's, and not rotated with."""
     modules = list(model.modules())
     rotates = any("Rotary" in type(module).__name__ for module in modules)

@@ -20,7 +20,7 @@ from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.failure import describe_failure, describe_step
 from vllm_shift.gathered import inside_gathered
-from vllm_shift.layers import check_layers, exchange_early, slotted_layers, stock_layers, stop_shifting, unfold
+from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting, unfold, why_not_early
 from vllm_shift.limits import TESTED
 from vllm_shift.lora import attach_adapters
 from vllm_shift.metrics import open_counts
@@ -88,8 +88,11 @@ class ShiftWorkerMixin(WorkerBase):
         finally:
             del self.model_runner.load_model
         model = self.model_runner.get_model()
-        if self.shift_config.early_exchange:
-            exchange_early(model, self.switch)
+        if self.switch.dims.sp == 2:
+            problem = why_not_early(model)
+            self.switch.early = problem is None
+            if problem is not None and self.rank == 0:
+                logger.info("Shift Parallelism exchanges q, k and v before attention only: %s.", problem)
         self.switch.attach(model, self.vllm_config)
         if self.rank == 0:
             logger.info("%s", _describe(self.shift_config, model))
