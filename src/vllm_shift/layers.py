@@ -311,7 +311,8 @@ def why_not_early(model: nn.Module) -> str | None:
     the same: rows of all tokens, as in TP mode, with the positions of all tokens.
 
     Returns:
-        None where they can: q, k and v come from one unquantized layer, alone, and nothing else takes positions.
+        None where they can: one layer, unquantized and without LoRA, makes q, k and v and no more, and nothing else
+        takes positions.
     """
     if learns_positions(model):
         return "the model learns positions"
