@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch.distributed import all_to_all_single
 from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import direct_register_custom_op
 
 
@@ -41,6 +42,12 @@ class Peers(Protocol):
 # Custom ops take no objects, so a group travels by its name, as in vllm/distributed/parallel_state.py.
 _groups: WeakValueDictionary[str, GroupCoordinator] = WeakValueDictionary()
 _peers: WeakKeyDictionary[GroupCoordinator, Peers] = WeakKeyDictionary()
+
+
+def qkv_widths(layer: Attention) -> tuple[int, int, int]:
+    """Columns of q, k and v that an attention layer takes: those of the heads of one rank of TP=P."""
+    kv_heads = layer.num_kv_heads
+    return layer.num_heads * layer.head_size, kv_heads * layer.head_size, kv_heads * layer.head_size_v
 
 
 def register_group(group: GroupCoordinator) -> str:

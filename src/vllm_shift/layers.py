@@ -35,7 +35,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_shift.exchange import rows_to_heads
+from vllm_shift.exchange import qkv_widths, rows_to_heads
 from vllm_shift.gathered import gathered_modules, inside_gathered
 from vllm_shift.quantized import TwoModeMethod, WholeLinear, check_method
 from vllm_shift.slots import Slots
@@ -326,10 +326,9 @@ def why_not_early(model: nn.Module) -> str | None:
             continue
         found = True
         made: list[Any] = [child for child in module.modules() if isinstance(child, _SlottedColumn) and child.shifts]
-        widths = sum(x.num_heads * x.head_size + x.num_kv_heads * (x.head_size + x.head_size_v) for x in attention)
         if len(attention) != 1 or [type(layer) for layer in made] != [SlottedQKVParallelLinear]:
             return f"{name} does not make q, k and v in one layer"
-        if made[0].output_size_per_partition != widths:
+        if made[0].output_size_per_partition != sum(qkv_widths(attention[0])):
             return f"{name} makes q, k and v together with more"
         if made[0].whole is not None or made[0].adapters is not None:
             return f"{name} makes q, k and v of quantized weights or with LoRA"

@@ -24,7 +24,7 @@ from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_shift.exchange import Peers, use_peers
+from vllm_shift.exchange import Peers, qkv_widths, use_peers
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -160,8 +160,7 @@ class PeerMemory(Peers):
     ) -> None:
         self._sp, self._rank, self._item_size = group.world_size, group.rank_in_group, dtype.itemsize
         self._keeps, self._with_heads = keeps, False
-        head = max(x.num_heads * x.head_size + x.num_kv_heads * (x.head_size + x.head_size_v) for x in layers)
-        self._heads = _Buffer(rows * head, dtype, group)
+        self._heads = _Buffer(rows * max(sum(qkv_widths(x)) for x in layers), dtype, group)
         self._tokens = _Buffer(rows * max(x.num_heads * x.head_size_v for x in layers), dtype, group)
 
     def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_shift.compiled import CompiledTwins
 from vllm_shift.dims import ParallelDims
-from vllm_shift.exchange import heads_to_tokens, register_group, tokens_to_heads
+from vllm_shift.exchange import heads_to_tokens, qkv_widths, register_group, tokens_to_heads
 from vllm_shift.gathered import Gather, gathered_modules, inside_gathered
 from vllm_shift.overlap import OverlapPass
 
@@ -198,10 +198,8 @@ class ModeSwitch:
     def _before_attention(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.in_sp:
             return None
-        kv_heads = layer.num_kv_heads
-        widths = (layer.num_heads * layer.head_size, kv_heads * layer.head_size, kv_heads * layer.head_size_v)
         # Code of transformers gives all slots of a token in one row.
-        q, k, v = (x.reshape(-1, width) for x, width in zip(args, widths, strict=True))
+        q, k, v = (x.reshape(-1, width) for x, width in zip(args, qkv_widths(layer), strict=True))
         if not self.early:
             q, k, v = tokens_to_heads(q, k, v, self.dims.sp, self.group_name, self.through_peers)
         return (self.without_padding(q), self.without_padding(k), self.without_padding(v)), kwargs
