@@ -171,6 +171,7 @@ def test_shift_is_recommended_where_it_saves_much():
     assert [str(o.layout) for o in plan.options] == ["TP=8", "SP=2 x TP=4", "SP=4 x TP=2", "SP=8 x TP=1"]
     assert plan.choice.layout == Layout(2, 4)
     assert plan.reason.startswith(f"Shift pays for steps above about {plan.choice.threshold:,} tokens")
+    assert "SP=4 x TP=2 would save" in plan.reason
     # With less need of KV cache a larger S is affordable; one that does not fit is never chosen.
     assert make_plan(Question(M70, 8, H100, kv_needed=100_000)).choice.layout == Layout(4, 2)
     assert plan.options[3].kv_tokens == 0
@@ -184,6 +185,10 @@ def test_stock_vllm_is_recommended_where_little_is_saved():
     small_steps = make_plan(Question(M70, 8, H100, most=512))
     assert small_steps.choice.layout == Layout(1, 8)
     assert small_steps.reason.startswith("Shift does not pay here")
+    assert "that this model can tell from nothing" in plan.reason
+    slower = make_plan(Question(M70, 8, H100, most=1))
+    assert slower.choice.layout == Layout(1, 8)
+    assert "SP mode is not even faster" in slower.reason
 
 
 def test_stock_vllm_is_recommended_where_sp_leaves_no_kv_cache():
@@ -228,11 +233,13 @@ def test_a_config_is_read(tmp_path):
 
 
 BAD_CONFIGS = {
-    "does not describe architecture MixtralForCausalLM": {"architectures": ["MixtralForCausalLM"]},
+    "does not describe architectures ..MixtralForCausalLM": {"architectures": ["MixtralForCausalLM"]},
+    "does not describe architectures Llama": {"architectures": "LlamaForCausalLM"},
     "does not describe quantization": {"quantization_config": {"quant_method": "fp8"}},
     "hidden_size must be a whole number of at least 1, got None": {"hidden_size": None},
     "num_attention_heads must be a whole number of at least 1, got 0": {"num_attention_heads": 0},
     "dtype 'int8' is not one of": {"dtype": "int8"},
+    "dtype \\['int8'\\] is not one of": {"dtype": ["int8"]},
 }
 
 
@@ -249,7 +256,7 @@ def test_no_config_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "hint"), [("3", "numbers that work"), ("1", "too few"), ("512", "servers of 64 GPUs")]
+    ("gpus", "hint"), [("3", "numbers that work"), ("1", "no layouts to choose from"), ("512", "servers of 64 GPUs")]
 )
 def test_numbers_of_gpus_that_do_not_divide_the_model(capsys, gpus, hint):
     with pytest.raises(SystemExit) as stopped:

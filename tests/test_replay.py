@@ -20,7 +20,7 @@ from vllm_shift_cli.replay import report as reports
 from vllm_shift_cli.replay.generate import bursty, diurnal, generate, steady
 from vllm_shift_cli.replay.modes import parse
 from vllm_shift_cli.replay.prompts import BLOCK, prompt_ids
-from vllm_shift_cli.replay.run import Options, replay
+from vllm_shift_cli.replay.run import Options, Replay, replay
 from vllm_shift_cli.replay.trace import TraceError, TraceRequest, read_trace, schedule, write_trace
 
 
@@ -398,20 +398,27 @@ def test_bad_input_is_refused_before_anything_is_sent(server, tmp_path, capsys):
     bad = written(tmp_path, GOOD + "{}\n")
     good = tmp_path / "good"
     good.write_text(GOOD)
+    (tmp_path / "taken.json").mkdir()
     for words, message in (
         ([bad], "line 2: arrival_s is missing"),
         ([good, "--output", tmp_path / "no" / "where"], "cannot write in the folder"),
-        ([good, "--speed", "0"], "must be a number above 0"),
-        ([good, "--max-requests", "0"], "must be at least 1"),
+        ([good, "--output", tmp_path / "taken"], "taken.json"),
+        ([good, "--speed", "0"], "must be a number above 0, got '0'"),
+        ([good, "--speed", "fast"], "must be a number above 0, got 'fast'"),
+        ([good, "--max-requests", "0"], "must be a whole number from 1 to 1,000,000,000, got '0'"),
+        ([good, "--seed", "-1"], "must be a whole number of at least 0, got '-1'"),
+        ([good, "--url", "localhost:8000"], "must begin with http:// or https://"),
     ):
         with pytest.raises(SystemExit) as error:
-            main(["replay", *map(str, words), "--url", server.url])
+            main(["replay", "--url", server.url, *map(str, words)])
         assert error.value.code == 2
         assert message in capsys.readouterr().err
     for words, message in (
         ("bursty x --rate 5 --peak 1 --period 9 --burst 1 --duration 9", "--peak is 1, below --rate 5"),
         ("bursty x --rate 5 --peak 6 --period 9 --burst 10 --duration 9", "--burst is 10 s, longer"),
         ("steady x --rate 5 --duration 9 --prompt-tokens 9-3", "must go from low to high"),
+        ("steady x --rate 5 --duration 9 --prompt-tokens 5-", "must be a whole number from 1"),
+        ("steady x --rate 1e12 --duration 9 --output-tokens 5", "9e+12 requests"),
     ):
         with pytest.raises(SystemExit) as error:
             main(["trace", *words.split()])
@@ -421,6 +428,14 @@ def test_bad_input_is_refused_before_anything_is_sent(server, tmp_path, capsys):
         main(["compare", str(tmp_path / "other.json")])
     assert "is not a report" in capsys.readouterr().err
     assert server.bodies == []
+
+
+@pytest.mark.parametrize("part", sorted(reports.make_report(Replay(), 0, {})))
+def test_a_report_without_a_part_is_refused(tmp_path, part):
+    report = reports.make_report(Replay(), 0, {})
+    reports.save({name: value for name, value in report.items() if name != part}, tmp_path / "part.json")
+    with pytest.raises(CommandError, match=part):
+        reports.load(tmp_path / "part.json")
 
 
 def test_ctrl_c_writes_what_has_finished(server, tmp_path):

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_shift_cli import costs
+from vllm_shift_cli.arguments import count, positive, share
 from vllm_shift_cli.costs import GIB, Achieved, Batch, Cluster, Layout, ModelShape
 from vllm_shift_cli.errors import CommandError
 
@@ -52,19 +52,19 @@ def add_parsers(subparsers: Any) -> None:
     )
     parser.add_argument("--model", required=True, metavar="MODEL",
                         help=f"folder of a model or its config.json, or one of {', '.join(SHAPES)}")  # fmt: skip
-    parser.add_argument("--gpus", type=_count, required=True, metavar="P", help="GPUs of the server")
+    parser.add_argument("--gpus", type=count, required=True, metavar="P", help="GPUs of the server")
     parser.add_argument("--gpu", choices=costs.GPUS, required=True, help="their kind")
-    parser.add_argument("--node-size", type=_count, default=8, metavar="N",
+    parser.add_argument("--node-size", type=count, default=8, metavar="N",
                         help="GPUs of one host (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--network-gb-s", type=_positive, default=50.0, metavar="GB/s",
+    parser.add_argument("--network-gb-s", type=positive, default=50.0, metavar="GB/s",
                         help="between hosts, for each GPU, in one direction (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--max-num-batched-tokens", type=_count, default=8192, metavar="N",
+    parser.add_argument("--max-num-batched-tokens", type=count, default=8192, metavar="N",
                         help="largest step of the server (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--context", type=_count, default=2048, metavar="N",
+    parser.add_argument("--context", type=count, default=2048, metavar="N",
                         help="tokens that a decoding request has in the KV cache (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--kv-tokens", type=_count, metavar="N",
+    parser.add_argument("--kv-tokens", type=count, metavar="N",
                         help="KV cache that the server needs (default: half of what TP alone leaves)")  # fmt: skip
-    parser.add_argument("--gpu-memory-utilization", type=_share, default=Achieved.memory_share, metavar="SHARE",
+    parser.add_argument("--gpu-memory-utilization", type=share, default=Achieved.memory_share, metavar="SHARE",
                         help="as of the server (default: %(default)s)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="write JSON")
     parser.set_defaults(run=_run)
@@ -180,26 +180,43 @@ def _choose(ask: Question, options: list[Option]) -> tuple[Option | None, str]:
     choice = max((o for o in fitting if o.saving >= best - _EQUAL), key=lambda o: o.kv_tokens)
     times = (
         f"a step of {ask.most:,} tokens takes {choice.prefill_ms[ask.most]:.1f} ms in {choice.layout} and "
-        f"{tp.prefill_ms[ask.most]:.1f} ms in {tp.layout} ({-100 * choice.saving:+.0f} %)"
+        f"{tp.prefill_ms[ask.most]:.1f} ms in {tp.layout}"
     )
     lost = f"{100 * (1 - choice.kv_tokens / tp.kv_tokens):.0f} %"
-    if choice.threshold is None or choice.saving < _WORTH:
+    if choice.threshold is None or choice.saving <= 0:
         return tp, (
-            f"Shift does not pay here: {times}, less than the {100 * _WORTH:.0f} % that this model can tell from "
-            f"nothing, and the KV cache would shrink by {lost}."
+            f"Shift does not pay here: {times}, so SP mode is not even faster there, and the KV cache would shrink by "
+            f"{lost}."
         )
-    return choice, f"Shift pays for steps above about {choice.threshold:,} tokens: {times}, for {lost} of the KV cache."
+    if choice.saving < _WORTH:
+        return tp, (
+            f"Shift does not pay here: {times}, {100 * choice.saving:.0f} % less, which is below the "
+            f"{100 * _WORTH:.0f} % that this model can tell from nothing, and the KV cache would shrink by {lost}."
+        )
+    reason = (
+        f"Shift pays for steps above about {choice.threshold:,} tokens: {times}, {100 * choice.saving:.0f} % less, and "
+        f"the KV cache shrinks by {lost}."
+    )
+    fastest = max((o for o in shifting if o.kv_tokens), key=lambda o: o.saving)
+    if fastest.saving > best + _EQUAL:
+        reason += (
+            f" {fastest.layout} would save {100 * fastest.saving:.0f} %, but leaves fewer than {least:,} tokens of KV "
+            "cache."
+        )
+    return choice, reason
 
 
 def _check_world(model: ModelShape, world: int) -> None:
-    if world > 1 and costs.fits(model, world):
-        return
     works = [ranks for ranks in range(2, model.heads + 1) if costs.fits(model, ranks)]
+    if world == 1:
+        raise CommandError(f"--gpus 1: one GPU has no layouts to choose from; numbers that work: {works}")
+    if costs.fits(model, world):
+        return
     hint = f"; or run several servers of {works[-1]} GPUs" if works and world > works[-1] else ""
     raise CommandError(
         f"--gpus {world}: SP x TP = {world} ranks do not divide this model (attention heads {model.heads}, "
         f"intermediate size {model.intermediate}, padded vocabulary {model.padded_vocabulary}, KV heads "
-        f"{model.kv_heads}) or are too few; numbers that work: {works}{hint}"
+        f"{model.kv_heads}); numbers that work: {works}{hint}"
     )
 
 
@@ -214,13 +231,14 @@ def read_model(model: str) -> ModelShape:
     """
     if model in SHAPES:
         return SHAPES[model]
-    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    path = Path(model)
     try:
+        path = path / "config.json" if path.is_dir() else path
         config = json.loads(path.read_text())
     except OSError as error:
         raise CommandError(
-            f"--model {model}: cannot read {path} ({error.strerror}); give a folder with a config.json, or one of "
-            f"{', '.join(SHAPES)}"
+            f"--model {model}: cannot read {path} ({error.strerror}); give a folder with a config.json (nothing is "
+            f"downloaded), or one of {', '.join(SHAPES)}"
         ) from None
     except ValueError as error:
         raise CommandError(f"--model {model}: {path} is not JSON: {error}") from None
@@ -230,10 +248,10 @@ def read_model(model: str) -> ModelShape:
 
 
 def _shape(config: dict[str, Any], path: Path) -> ModelShape:
-    names = config.get("architectures") or ["none"]
-    if names[0] not in ARCHITECTURES:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or names[0] not in ARCHITECTURES:
         raise CommandError(
-            f"{path}: the cost model does not describe architecture {names[0]}; use one of {', '.join(ARCHITECTURES)}"
+            f"{path}: the cost model does not describe architectures {names}; use one of {', '.join(ARCHITECTURES)}"
         )
     if config.get("quantization_config"):
         raise CommandError(f"{path}: the cost model does not describe quantization; use an unquantized checkpoint")
@@ -246,7 +264,7 @@ def _shape(config: dict[str, Any], path: Path) -> ModelShape:
         return value
 
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         raise CommandError(f"{path}: dtype {dtype!r} is not one of {', '.join(_DTYPE_BYTES)}")
     heads, hidden = size("num_attention_heads"), size("hidden_size")
     return ModelShape(
@@ -370,24 +388,3 @@ def _run(args: argparse.Namespace) -> int:
     plan = make_plan(ask)
     sys.stdout.write((json.dumps(to_json(ask, plan), indent=2) if args.json else to_text(ask, plan)) + "\n")
     return 0
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value

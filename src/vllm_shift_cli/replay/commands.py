@@ -1,12 +1,12 @@
 """The subcommands ``replay``, ``compare`` and ``trace``."""
 
 import argparse
-import math
 import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_shift_cli.arguments import MOST, count, counts, http_url, positive, seed
 from vllm_shift_cli.errors import CommandError
 
 if TYPE_CHECKING:
@@ -35,16 +35,17 @@ def _add_replay(subparsers: Any) -> None:
         "lengths, which the report counts. Exit status: 0 all answered, 1 some not, 2 bad input, 130 interrupted.",
     )
     parser.add_argument("trace", type=Path, help="JSON lines, Azure LLM inference CSV or Mooncake JSON lines")
-    parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
+    parser.add_argument("--url", type=http_url, default="http://localhost:8000",
+                        help="of the server (default: %(default)s)")  # fmt: skip
     parser.add_argument("--model", help="to ask for (default: the first that the server has)")
     parser.add_argument("--output", type=Path, default=Path("replay"), metavar="PREFIX",
                         help="of the files to write (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--speed", type=_positive, default=1.0, help="2 sends twice as fast (default: %(default)s)")
-    parser.add_argument("--max-requests", type=_count, metavar="N", help="only the first N")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
-    parser.add_argument("--timeout", type=_positive, default=600.0, metavar="SECONDS",
+    parser.add_argument("--speed", type=positive, default=1.0, help="2 sends twice as fast (default: %(default)s)")
+    parser.add_argument("--max-requests", type=count, metavar="N", help="only the first N")
+    parser.add_argument("--seed", type=seed, default=0, help="of the prompts (default: %(default)s)")
+    parser.add_argument("--timeout", type=positive, default=600.0, metavar="SECONDS",
                         help="for one request (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--interval", type=_positive, default=1.0, metavar="SECONDS",
+    parser.add_argument("--interval", type=positive, default=1.0, metavar="SECONDS",
                         help="between two looks at the server's mode (default: %(default)s)")  # fmt: skip
     parser.set_defaults(run=_replay, extra=_EXTRA)
 
@@ -73,16 +74,16 @@ def _add_trace(subparsers: Any) -> None:
     ):
         sub = kinds.add_parser(kind, help=text, description=f"A trace with {text}.")
         sub.add_argument("output", type=Path, metavar="FILE", help="to write, JSON lines")
-        sub.add_argument("--rate", type=_positive, required=True, help="requests a second; the least, if it varies")
+        sub.add_argument("--rate", type=positive, required=True, help="requests a second; the least, if it varies")
         if kind != "steady":
-            sub.add_argument("--peak", type=_positive, required=True, help="most requests a second")
-            sub.add_argument("--period", type=_positive, required=True, metavar="SECONDS", help="from peak to peak")
+            sub.add_argument("--peak", type=positive, required=True, help="most requests a second")
+            sub.add_argument("--period", type=positive, required=True, metavar="SECONDS", help="from peak to peak")
         if kind == "bursty":
-            sub.add_argument("--burst", type=_positive, required=True, metavar="SECONDS", help="length of a burst")
-        sub.add_argument("--duration", type=_positive, required=True, metavar="SECONDS")
-        sub.add_argument("--prompt-tokens", type=_range, default=(512, 512), metavar="N[-M]", help="(default: 512)")
-        sub.add_argument("--output-tokens", type=_range, default=(128, 128), metavar="N[-M]", help="(default: 128)")
-        sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same trace (default: 0)")
+            sub.add_argument("--burst", type=positive, required=True, metavar="SECONDS", help="length of a burst")
+        sub.add_argument("--duration", type=positive, required=True, metavar="SECONDS")
+        sub.add_argument("--prompt-tokens", type=counts, default=(512, 512), metavar="N[-M]", help="(default: 512)")
+        sub.add_argument("--output-tokens", type=counts, default=(128, 128), metavar="N[-M]", help="(default: 128)")
+        sub.add_argument("--seed", type=seed, default=0, help="the same seed gives the same trace (default: 0)")
     parser.set_defaults(run=_trace, extra=_EXTRA)
 
 
@@ -177,6 +178,8 @@ def _trace(args: argparse.Namespace) -> int:
         rate, most = bursty(args.rate, args.peak, args.period, args.burst), args.peak
     else:
         rate, most = diurnal(args.rate, args.peak, args.period), args.peak
+    if most * args.duration > MOST:
+        raise CommandError(f"this makes some {most * args.duration:.0e} requests, more than {MOST:,}; lower the rate")
     requests = generate(rate, most, args.duration, args.prompt_tokens, args.output_tokens, args.seed)
     if not requests:
         raise CommandError("no request arrives in this time; raise --rate or --duration")
@@ -221,6 +224,9 @@ def _check_folder(prefix: Path) -> None:
     """
     if not (prefix.parent.is_dir() and os.access(prefix.parent, os.W_OK)):
         raise CommandError(f"--output {prefix}: cannot write in the folder {prefix.parent}")
+    for path in (_with_suffix(prefix, suffix) for suffix in (".json", ".png", ".html")):
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise CommandError(f"--output {prefix}: cannot write {path}")
 
 
 def _raise_file_limit() -> None:
@@ -229,25 +235,3 @@ def _raise_file_limit() -> None:
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _range(text: str) -> tuple[int, int]:
-    low, _, high = text.partition("-")
-    least, most = _count(low), _count(high or low)
-    if least > most:
-        raise argparse.ArgumentTypeError(f"must go from low to high, got {text}")
-    return least, most

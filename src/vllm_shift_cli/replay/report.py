@@ -16,6 +16,11 @@ Report = dict[str, Any]
 
 FORMAT = "vllm-shift replay report 1"
 
+# What a report has beside its format, see ``make_report``.
+_PARTS = (
+    "settings", "interrupted", "planned", "seconds", "requests", "mode_samples", "mode_problems", "summary"
+)  # fmt: skip
+
 PERCENTILES = (50, 90, 99)
 
 LATENCIES = {
@@ -147,6 +152,8 @@ def load(path: Path) -> Report:
     found = report.get("format") if isinstance(report, dict) else None
     if found != FORMAT:
         raise CommandError(f"{path} is not a report of `vllm-shift replay`: its format is {found!r}, not {FORMAT!r}")
+    if missing := sorted(set(_PARTS) - set(report)):
+        raise CommandError(f"{path} is not a whole report: {', '.join(missing)} is missing")
     return report  # type: ignore[no-any-return]
 
 
