@@ -1,5 +1,6 @@
 """Which mode a step runs in, and what the model sees of it, on one rank without collectives."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 from vllm_shift import switch as switch_module
 from vllm_shift.dims import ParallelDims
 from vllm_shift.switch import ModeSwitch
+from vllm_shift.threshold import fit_to_graphs
 from vllm_shift.translate import graph_sizes
 
 VLLM_CONFIG = SimpleNamespace(
@@ -211,6 +213,17 @@ def test_no_graph_size_pads_a_batch_into_the_other_mode(threshold):
     for num_tokens in range(1, sizes[-1] + 1):
         padded = next(size for size in sizes if size >= num_tokens)
         assert (padded > threshold) == (num_tokens > threshold)
+
+
+@pytest.mark.parametrize("last", [16, 32, 128, 256])
+def test_graph_sizes_have_no_hole_where_few_requests_decode(last):
+    stock = [size for size in [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)] if size <= last]
+    sizes = graph_sizes(stock, 0, extend_to=2048)
+    assert sizes[: len(stock)] == stock
+    between = [size for size in sizes if last <= size <= 1024]
+    assert max(after - before for before, after in itertools.pairwise(between)) <= 64
+    # A threshold that was measured is hardly lowered.
+    assert fit_to_graphs(430, sizes) == 416
 
 
 def test_graph_sizes_respect_the_user_and_the_token_budget():

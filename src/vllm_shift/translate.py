@@ -155,12 +155,19 @@ def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[in
     Args:
         stock: vLLM's sizes, ascending; empty when it captures none.
         max_tp_tokens: the threshold; 0 for none to add.
-        extend_to: largest size to add, 8192 at most; they lie 64 to 512 tokens apart.
+        extend_to: largest size to add, 8192 at most. They lie 64 to 512 tokens apart; up to 512, where vLLM's sizes
+            end earlier for want of requests that decode, 16.
     """
     if not stock:
         return []
     sizes = set(stock)
-    larger = (*range(576, 1024, 64), *range(1024, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
+    larger = (
+        *range(16, 513, 16),
+        *range(576, 1024, 64),
+        *range(1024, 2048, 128),
+        *range(2048, 4096, 256),
+        *range(4096, 8193, 512),
+    )
     sizes.update(size for size in larger if stock[-1] < size <= extend_to)
     if 0 < max_tp_tokens < max(sizes):
         sizes.add(max_tp_tokens)
