@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_shift import threshold
 from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold, fit_to_graphs
 
 MOST = 8192
+NCCL = (False, False)
 SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 2049, 64)]
 
 
@@ -99,18 +101,25 @@ def vllm_config(monkeypatch, tmp_path):
     return build
 
 
-def test_the_cache_gives_back_what_an_equal_engine_measured(vllm_config):
+def test_the_cache_gives_back_what_an_equal_engine_measured(vllm_config, monkeypatch):
     steps = times(300)
-    assert TimesCache(vllm_config(), False).load() is None
-    TimesCache(vllm_config(), False).save(steps)
-    assert TimesCache(vllm_config(), False).load() == steps
-    assert TimesCache(vllm_config("b"), False).load() is None
-    assert TimesCache(vllm_config(), True).load() is None
+    assert TimesCache(vllm_config(), NCCL).load() is None
+    TimesCache(vllm_config(), NCCL).save(steps)
+    assert TimesCache(vllm_config(), NCCL).load() == steps
+    assert TimesCache(vllm_config("b"), NCCL).load() is None
+    assert TimesCache(vllm_config(), (True, False)).load() is None
+    assert TimesCache(vllm_config(), (False, True)).load() is None
+    with monkeypatch.context() as other:
+        other.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+        assert TimesCache(vllm_config(), NCCL).load() is None
+    assert TimesCache(vllm_config(), NCCL).load() == steps
+    monkeypatch.setattr(threshold, "_source_hash", lambda: "other code")
+    assert TimesCache(vllm_config(), NCCL).load() is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 1, "times": []}', '{"key"', "null"])
 def test_a_broken_cache_is_measured_again(vllm_config, tmp_path, content, caplog_vllm):
-    cache = TimesCache(vllm_config(), False)
+    cache = TimesCache(vllm_config(), NCCL)
     cache.save(times(300))
     (path,) = tmp_path.rglob("*.json")
     key = json.loads(path.read_text())["key"]
@@ -123,7 +132,7 @@ def test_a_broken_cache_is_measured_again(vllm_config, tmp_path, content, caplog
 
 def test_a_cache_that_cannot_be_written_is_no_failure(vllm_config, tmp_path, caplog_vllm):
     (tmp_path / "shift_parallel").write_text("a file where the folder should be")
-    TimesCache(vllm_config(), False).save(times(300))
+    TimesCache(vllm_config(), NCCL).save(times(300))
     assert "cannot be kept" in caplog_vllm.text
 
 

@@ -29,7 +29,7 @@ def calibrate(model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> int:
         The threshold in tokens, the same on every rank.
     """
     begin = time.perf_counter()
-    group, cache = get_world_group(), TimesCache(vllm_config, switch.through_peers)
+    group, cache = get_world_group(), TimesCache(vllm_config, (switch.through_peers, switch.early))
     most = vllm_config.scheduler_config.max_num_batched_tokens
     # Rank 0 decides for all, because other hosts may have other disks.
     times = group.broadcast_object(cache.load() if group.rank_in_group == 0 else None, src=0)

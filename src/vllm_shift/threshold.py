@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm import envs
+from vllm.config.utils import hash_factors
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -94,25 +95,31 @@ def _falling(values: Any) -> Any:
     return np.concatenate([np.full(len(pool), np.mean(pool)) for pool in pools])
 
 
+def _source_hash() -> str:
+    """Of this package: other code of it may take another time."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
 class TimesCache:
     """Step times of an engine like this one, kept on disk under ``VLLM_CACHE_ROOT``.
 
     Args:
         vllm_config: the engine's config; its hash covers the model, its shapes, dtype and layout.
-        through_peers: how SP mode exchanges, see ``ModeSwitch``.
+        exchange: how SP mode exchanges, see ``ModeSwitch``: through peers, and early.
     """
 
-    def __init__(self, vllm_config: Any, through_peers: bool) -> None:
-        from vllm_shift import __version__
-
+    def __init__(self, vllm_config: Any, exchange: tuple[bool, bool]) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
         self._key = {
             "config": vllm_config.compute_hash(),
             "tokens": scheduler.max_num_batched_tokens,
             "graphs": [str(compilation.cudagraph_mode), compilation.max_cudagraph_capture_size],
             "device": current_platform.get_device_name(),
-            "through_peers": through_peers,
-            "versions": [torch.__version__, __version__],
+            "exchange": list(exchange),
+            # As for vLLM's compile cache; it holds what chooses kernels and all-reduces, too.
+            "environment": hash_factors(envs.compile_factors()),
+            "versions": [torch.__version__, _source_hash()],
         }
         name = hashlib.sha256(json.dumps(self._key).encode()).hexdigest()[:16]
         self._path = Path(envs.VLLM_CACHE_ROOT) / "shift_parallel" / f"{name}.json"

@@ -122,7 +122,7 @@ class ShiftWorkerMixin(WorkerBase):
             stock_profile_run()
             # As the stock profile of each model runner: there are no KV caches yet.
             without_attention = {"skip_attn": True} if self.use_v2_model_runner else {}
-            self._run_tp_step(is_profile=True, **without_attention)
+            self._run_largest_step(in_sp=False, is_profile=True, **without_attention)
 
         self.model_runner.profile_run = profile_both_modes
         try:
@@ -131,21 +131,23 @@ class ShiftWorkerMixin(WorkerBase):
             del self.model_runner.profile_run
         return available
 
-    def _run_tp_step(self, **kwargs: Any) -> None:
+    def _run_largest_step(self, in_sp: bool, **kwargs: Any) -> None:
+        """Where stock vLLM compiles: torch.compile chooses kernels for the size of the first step, in either mode."""
         threshold = self.switch.max_tp_tokens
         if not threshold:
-            return
-        # As large as where stock vLLM compiles, whatever the threshold: torch.compile chooses kernels for that size.
+            return  # there is no TP mode
         most: int = self.scheduler_config.max_num_batched_tokens
-        self.switch.max_tp_tokens = most
+        self.switch.max_tp_tokens = 0 if in_sp else most
         self.model_runner._dummy_run(most, cudagraph_runtime_mode=CUDAGraphMode.NONE, **kwargs)
         self.switch.max_tp_tokens = threshold
 
     def compile_or_warm_up_model(self) -> Any:
         """As the stock worker, with TP mode compiled and the threshold found before; then the self-check."""
         self._fit_threshold_to_graphs()
-        self._run_tp_step()
+        self._run_largest_step(in_sp=False)
         if self.shift_config.is_auto:
+            # The profile had no step in SP mode if none exceeds the threshold that auto begins with.
+            self._run_largest_step(in_sp=True)
             self.switch.max_tp_tokens = calibrate(self.model_runner, self.switch, self.vllm_config)
         times = super().compile_or_warm_up_model()
         if self.shift_config.self_check:
