@@ -218,7 +218,8 @@ def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list
             after = rpc("shift_stats")[0]
             run["stats"] = {name: after[name] - before[name] for name in after}
             pairs = zip(caches, stock_caches[number], strict=True)
-            run["kv_difference"] = max(float((ours - stock).abs().max() / stock.abs().max()) for ours, stock in pairs)
+            differences = [float((ours - stock).abs().max() / stock.abs().max()) for ours, stock in pairs]
+            run["kv_difference"] = max(differences, default=0.0)  # attention in both directions keeps nothing
         else:
             run["caches"] = [cache.clone() for cache in caches]
         runs.append(run)

@@ -31,6 +31,9 @@ def features(model: str, folder: Path) -> dict[str, dict[str, Any]]:
         "eagle": speculative(method="eagle", model=str(tiny.make_drafter("eagle", folder))),
         "draft model": speculative(method="draft_model", model=model),
         "pooling": {"ask": "pooling", "args": {"runner": "pooling"}},
+        # These need whole prompts; the second one has no KV cache.
+        "pooling, mean": {"ask": "pooling", "args": mean_pooling()},
+        "pooling, attention both ways": {"ask": "pooling", "args": mean_pooling(hf_overrides={"is_causal": False})},
         # It stores what a prompt has in its first step.
         "KV connector": {
             "ask": "stored",
@@ -42,6 +45,10 @@ def features(model: str, folder: Path) -> dict[str, dict[str, Any]]:
         "model of transformers": {"ask": "tokens", "args": {"model_impl": "transformers"}},
         "images": images(str(tiny.make_vision_checkpoint(folder))),
     }
+
+
+def mean_pooling(**args: Any) -> dict[str, Any]:
+    return {"runner": "pooling", "pooler_config": {"pooling_type": "MEAN"}, "max_num_batched_tokens": 1024} | args
 
 
 def images(model: str, **args: Any) -> dict[str, Any]:
@@ -108,7 +115,7 @@ def assert_equal_to_stock(results: list[dict], name: str) -> None:
             assert ours["kv_difference"] < TOLERANCE
             stats, threshold = ours["stats"], ours["threshold"]
             assert stats["sp_steps"] > 0
-            assert (stats["tp_steps"] > 0) == (threshold > 0 and name != "pooling")
+            assert (stats["tp_steps"] > 0) == (threshold > 0 and "pooling" not in name)
             assert any("self-check passed" in line for line in ours["lines"]) == (rank == 0)
 
 
@@ -119,6 +126,8 @@ NAMES = [
     "eagle",
     "draft model",
     "pooling",
+    "pooling, mean",
+    "pooling, attention both ways",
     "KV connector",
     "reload",
     "LoRA",

@@ -1,13 +1,14 @@
 """The self-check at start-up: sound engines pass in every dtype, bugs are found on every rank, with their layer."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mutations import MUTATIONS
 from rank_group import self_checks
 
-from vllm_shift.self_check import allowed_error, prompt_lengths, relative_error
+from vllm_shift.self_check import SelfCheck, allowed_error, prompt_lengths, relative_error
 
 
 def fits(lengths):
@@ -34,6 +35,24 @@ def test_prompts_respect_the_engine():
     assert prompt_lengths(128, 2, 128, 8, 400, fits) is None
     assert prompt_lengths(1000, 2, 2048, 8, 400, fits) is None
     assert prompt_lengths(500, 2, 2048, 1, 400, fits) is None
+
+
+def test_a_check_that_has_no_room_is_announced(caplog_vllm):
+    check = object.__new__(SelfCheck)
+    check._worker = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8),
+        model_config=SimpleNamespace(max_model_len=512), rank=0,
+    )  # fmt: skip
+    check._switch = SimpleNamespace(max_tp_tokens=256, dims=SimpleNamespace(sp=2))
+    check._runner = SimpleNamespace(kv_cache_config=SimpleNamespace(num_blocks=4))
+    check._groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))]
+    check._drafts, check._quantizes, check._quantizes_cache, check._whole_prompts = 0, False, False, False
+    assert not check.run()
+    assert "no self-check, because no prompts of 257 tokens" in caplog_vllm.text
+    caplog_vllm.clear()
+    check._switch.max_tp_tokens = 512  # no step runs in SP mode
+    assert not check.run()
+    assert not caplog_vllm.text
 
 
 def test_relative_error():

@@ -26,6 +26,7 @@ from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
 
@@ -151,30 +152,43 @@ class SelfCheck:
         self._drafts = speculative.num_speculative_tokens if speculative else 0
         self._pooling_task = None
         if model_config.runner_type != "generate":  # which vLLM's V2 model runner cannot be asked
-            self._pooling_task = next(iter(self._runner.get_supported_pooling_tasks()), None)
+            # The same on every rank, though vLLM's runners have them in the order of a set.
+            self._pooling_task = min(self._runner.get_supported_pooling_tasks(), default=None)
+        # As without chunked prefill, which some ways of pooling need.
+        self._whole_prompts = not worker.scheduler_config.enable_chunked_prefill
 
     @torch.inference_mode()
     def run(self) -> bool:
         """Compare the modes.
 
         Returns:
-            False where there was nothing to do, because no step of this engine can run in SP mode.
+            False where there was nothing to do, because no step of this engine can run in SP mode, or no room to.
 
         Raises:
             RuntimeError: the modes differ; names the first layer that does. Raised on every rank.
         """
         started = time.monotonic()
         scheduler, threshold = self._worker.scheduler_config, self._switch.max_tp_tokens
+        longest = self._worker.model_config.max_model_len - 1
+        if self._whole_prompts and threshold:
+            longest = min(longest, threshold)  # for the steps in TP mode
         lengths = prompt_lengths(
             threshold,
             self._switch.dims.sp,
             scheduler.max_num_batched_tokens,
             scheduler.max_num_seqs,
-            self._worker.model_config.max_model_len - 1,
+            longest,
             lambda found: sum(map(len, self._blocks(found))) < self._runner.kv_cache_config.num_blocks,
             TOKENS_PER_RANK_QUANTIZED if self._quantizes or self._quantizes_cache else TOKENS_PER_RANK,
         )
         if lengths is None:
+            if self._worker.rank == 0 and scheduler.max_num_batched_tokens > threshold:
+                logger.warning(
+                    "Shift Parallelism: no self-check, because no prompts of %d tokens together fit into the KV cache "
+                    "and into max_num_seqs=%d.",
+                    threshold + 1,
+                    scheduler.max_num_seqs,
+                )
             return False
         with self._without_kv_connector():
             differences = self._differences(lengths)
@@ -221,6 +235,8 @@ class SelfCheck:
             of_v2.set_disabled(False)
 
     def _count(self, group: Any, length: int) -> int:
+        if isinstance(group.kv_cache_spec, EncoderOnlyAttentionSpec):
+            return 0  # attention in both directions keeps nothing
         return int(cdiv(length + self._drafts, group.kv_cache_spec.block_size))
 
     def _blocks(self, lengths: list[int]) -> list[list[int]]:
@@ -270,8 +286,9 @@ class SelfCheck:
             step.num_common_prefix_blocks = [0] * len(self._groups)
             cached = step.scheduled_cached_reqs
             for number, name in enumerate(names):
-                tokens = min(lengths[number] - done[number], most_tokens - step.total_num_scheduled_tokens)
-                if not tokens:
+                left = lengths[number] - done[number]
+                tokens = min(left, most_tokens - step.total_num_scheduled_tokens)
+                if not tokens or (self._whole_prompts and tokens < left):
                     continue
                 if done[number]:
                     cached.req_ids.append(name)
@@ -333,7 +350,7 @@ class SelfCheck:
         context = self._worker.vllm_config.compilation_config.static_forward_context
         num_blocks = self._runner.kv_cache_config.num_blocks
         for group, blocks in zip(self._groups, self._blocks(lengths), strict=True):
-            for name in group.layer_names:
+            for name in group.layer_names if blocks else ():
                 caches = context[name].kv_cache
                 if getattr(context[name], "kv_cache_dtype", None) == "fp8_ds_mla":
                     raise NotImplementedError(f"{name}: a KV cache fp8_ds_mla; set --kv-cache-dtype bfloat16")
