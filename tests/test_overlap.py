@@ -52,7 +52,7 @@ def test_only_an_exchange_for_one_product_becomes_one_with_it(bias, read_twice, 
     assert (torch.ops.vllm_shift.folded_linear.default in targets) is not becomes_one
 
 
-def test_a_pass_of_the_users_own_stays():
+def test_a_pass_of_the_users_own_stays(caplog_vllm):
     key, ours, theirs = current_platform.pass_key, OverlapPass(), object()
     found = []
     for passes in ({}, {key: theirs}):
@@ -60,6 +60,7 @@ def test_a_pass_of_the_users_own_stays():
         config = SimpleNamespace(compilation_config=compilation, additional_config={"shift_parallel": {}})
         twin = config_of_twin(config, "sp-peers", ours)
         found.append(twin.compilation_config.inductor_compile_config[key])
+        assert ("in the place of OverlapPass" in caplog_vllm.text) is bool(passes)
         assert compilation.inductor_compile_config is passes
         assert ours not in passes.values()
     assert found == [ours, theirs]

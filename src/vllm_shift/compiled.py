@@ -13,9 +13,12 @@ from torch import nn
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_shift.config import CONFIG_KEY
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class CompiledTwins:
@@ -70,6 +73,12 @@ def config_of_twin(vllm_config: VllmConfig, trace: str, graph_pass: InductorPass
     if graph_pass is not None:
         # vLLM has one place for it, where a pass of the user's own stays.
         passes = {current_platform.pass_key: graph_pass}
+        if passes.keys() & compilation.inductor_compile_config.keys():
+            logger.warning(
+                "Shift Parallelism: a pass of your own in inductor_compile_config is in the place of %s, so SP mode "
+                "will be slower.",
+                type(graph_pass).__name__,
+            )
         compilation.inductor_compile_config = passes | compilation.inductor_compile_config
     settings = vllm_config.additional_config
     config.additional_config = settings | {CONFIG_KEY: settings[CONFIG_KEY] | {"trace": trace}}
