@@ -243,7 +243,7 @@ def everything_unsupported(name):
         is_multimodal_model=True, is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
         using_transformers_backend=lambda: True, quantization="gguf", model_impl="terratorch", is_moe=True,
         hf_text_config=SimpleNamespace(rope_parameters={"full_attention": {"rope_type": "longrope"}}),
-        architecture="FalconForCausalLM",
+        architecture="Qwen3NextForCausalLM",
     )  # fmt: skip
     speculative = SimpleNamespace(method="medusa", uses_dynamic_speculative_decoding=lambda: True)
     sizes = ("pipeline", "data", "prefill_context", "decode_context")
@@ -260,7 +260,8 @@ def everything_unsupported(name):
         load_config=SimpleNamespace(load_format="gguf"),
         device_config=SimpleNamespace(device_type="xpu"),
         model_config=SimpleNamespace(
-            runner_type="pooling", is_moe=True, quantization="fp8", architecture="Olmo2ForCausalLM"
+            runner_type="pooling", is_moe=True, quantization="fp8", architecture="Olmo2ForCausalLM",
+            enable_return_routed_experts=True,
         ),
         additional_config={"shift_parallel": {"tensor_parallel_size": 2}},
     )  # fmt: skip
@@ -284,8 +285,8 @@ def test_what_was_tried_on_the_cpu_only_is_refused_on_cuda():
     ids=["model", "unchecked", "engine"],
 )
 def test_every_row_of_the_table_refuses(table, name, monkeypatch):
-    for variable in ("VLLM_BATCH_INVARIANT", "VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_TUNED_CONFIG_FOLDER"):
-        monkeypatch.setenv(variable, "1")
+    for variable in ("BATCH_INVARIANT", "LORA_ENABLE_DUAL_STREAM", "TUNED_CONFIG_FOLDER", "MOE_SKIP_PADDING"):
+        monkeypatch.setenv(f"VLLM_{variable}", "1")
     config = everything_unsupported(name)
     for limit in table:
         if name == "engine":

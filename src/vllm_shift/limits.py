@@ -36,6 +36,10 @@ MULTIMODAL_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)
 # Likewise tested; vLLM has no implementation of its own and takes that of transformers.
 ARCHITECTURES_OF_TRANSFORMERS = ("Olmo2ForCausalLM",)
 
+# Qwen3-Next gathers tokens by itself where there are fewer rows than positions; HunYuan V3 tells attention how many
+# rows to give.
+COUNT_ROWS = ("Qwen3NextForCausalLM", "HYV3ForCausalLM")
+
 TESTED = ARCHITECTURES + MULTIMODAL_ARCHITECTURES + ARCHITECTURES_OF_TRANSFORMERS
 
 # All of them fill parameters through the weight loaders that know the slots.
@@ -54,7 +58,7 @@ QUANTIZATIONS = (
     "gptq_marlin",
 )
 
-CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3")
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3")
 
 # A draft model of any of these runs in TP mode only.
 SPECULATIVE_METHODS = ("ngram", "eagle", "eagle3", "draft_model")
@@ -122,6 +126,11 @@ MODEL_LIMITS = (
         f"use one of {', '.join(ARCHITECTURES)}",
     ),
     Limit("attention-free models", lambda model: model.is_attention_free, "use a model with attention layers"),
+    Limit(
+        "Qwen3-Next and HunYuan V3 models",
+        lambda model: model.architecture in COUNT_ROWS and model.architecture,
+        "use stock vLLM's tensor parallelism: leave out --ulysses-sequence-parallel-size",
+    ),
     Limit(
         "quantization methods other than FP8, compressed-tensors, AWQ and GPTQ",
         lambda model: model.quantization and _not_in(model.quantization, QUANTIZATIONS),
@@ -196,6 +205,17 @@ ENGINE_LIMITS = (
     Limit("decode context parallelism", _above_one("decode_context_parallel_size"), "leave out its flag"),
     Limit(
         "expert parallel load balancing", lambda config: config.parallel_config.enable_eplb, "leave out --enable-eplb"
+    ),
+    Limit(
+        # What vLLM marks as padding is of TP mode's rows.
+        "experts that skip padding",
+        lambda config: config.model_config.is_moe and envs.VLLM_MOE_SKIP_PADDING,
+        "unset VLLM_MOE_SKIP_PADDING",
+    ),
+    Limit(
+        "returning the experts that tokens were routed to",
+        lambda config: config.model_config.enable_return_routed_experts,
+        "leave out --enable-return-routed-experts",
     ),
     Limit("dual batch overlap", lambda config: config.parallel_config.use_ubatching, "leave out --enable-dbo"),
     Limit(
