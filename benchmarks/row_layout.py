@@ -4,6 +4,7 @@ own: the TP shard as a tensor of its own; slice: a slice of each row of the SP g
 transposed: the shards one after the other, transposed in memory, as ``vllm_shift.slots`` stores them.
 """
 
+import argparse
 import itertools
 import statistics
 from collections.abc import Callable
@@ -48,6 +49,7 @@ def linear_us(x: torch.Tensor, weights: list[torch.Tensor]) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, bf16, us")
     print("| weight | mode | rows | own | slice / own | transposed / own |\n| --- | --- | --- | --- | --- | --- |")

@@ -1,12 +1,12 @@
 """Draws the Grafana dashboard next to this file from a running server, without Grafana or Prometheus.
 
-Usage: picture.py URL SECONDS OUTPUT.png. Reads /metrics every second and evaluates the queries of the dashboard, as far
+Reads /metrics every second and evaluates the queries of the dashboard, as far
 as it uses PromQL: sums, rates (over 5 s), ratios of them and quantiles of histograms.
 """
 
+import argparse
 import json
 import re
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -126,13 +126,17 @@ def draw_lines(axes: plt.Axes, panel: dict, series: Series) -> None:
 
 
 def main() -> None:
-    url, seconds, path = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url", help="of the server")
+    parser.add_argument("seconds", type=float, help="to watch it")
+    parser.add_argument("output", help="the picture, PNG")
+    args = parser.parse_args()
     began, times, pages = time.monotonic(), [], []
-    while (now := time.monotonic() - began) < seconds:
+    while (now := time.monotonic() - began) < args.seconds:
         times.append(now)
-        pages.append(read(url))
+        pages.append(read(args.url))
         time.sleep(max(0.0, len(times) - (time.monotonic() - began)))
-    draw(Series(times, pages), path)
+    draw(Series(times, pages), args.output)
 
 
 if __name__ == "__main__":

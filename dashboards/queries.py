@@ -1,12 +1,14 @@
 """Asks a Prometheus server each query of the Grafana dashboard next to this file, over its last minutes.
 
-Usage: queries.py http://localhost:9090 [MINUTES]. One line a query: its panel, how many series and values it gives, and
-the least and the largest of these. Exits with 1 where one gives none.
+One line a query: its panel, how many series and values it gives, and the least and the largest of these. Exits with 1
+where one gives none. Example: queries.py http://localhost:9090
 """
 
+import argparse
 import json
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -16,12 +18,19 @@ DASHBOARD = json.loads((Path(__file__).parent / "vllm-shift.json").read_text())
 
 
 def ask(url: str, **parameters: Any) -> Any:
-    with urllib.request.urlopen(f"{url}?{urllib.parse.urlencode(parameters)}", timeout=30) as response:
-        return json.load(response)["data"]
+    try:
+        with urllib.request.urlopen(f"{url}?{urllib.parse.urlencode(parameters)}", timeout=30) as response:
+            return json.load(response)["data"]
+    except (urllib.error.URLError, ValueError) as error:
+        sys.exit(f"{url} does not answer as Prometheus does: {error}")
 
 
 def main() -> int:
-    api, minutes = f"{sys.argv[1]}/api/v1", float(sys.argv[2]) if len(sys.argv) > 2 else 5
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url", help="of the Prometheus server")
+    parser.add_argument("minutes", type=float, nargs="?", default=5, help="to look back (default: %(default)s)")
+    args = parser.parse_args()
+    api, minutes = f"{args.url}/api/v1", args.minutes
     models = ask(f"{api}/label/model_name/values", **{"match[]": "vllm:shift_threshold_tokens"})
     print("models:", *models)
     empty = not models
