@@ -17,9 +17,14 @@ def test_round_trip():
     assert config.dims(5).sp_rank == 1
 
 
-@pytest.mark.parametrize(("enabled", "threshold", "most"), [(True, 100, 100), (True, 0, 0), (False, 256, 0)])
+@pytest.mark.parametrize(
+    ("enabled", "threshold", "most"),
+    [(True, 100, 100), (True, 0, 0), (False, 256, 0), (True, "auto", 256), (True, 2**31 - 1, 2**31 - 1)],
+)
 def test_largest_tp_step(enabled, threshold, most):
-    assert ShiftConfig(1, 2, enabled, threshold).max_tp_tokens == most
+    config = ShiftConfig(1, 2, enabled, threshold)
+    assert config.max_tp_tokens == most
+    assert config.is_auto == (threshold == "auto")
 
 
 @pytest.mark.parametrize(

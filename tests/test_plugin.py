@@ -296,10 +296,22 @@ def test_every_row_of_the_table_refuses(table, name, monkeypatch):
         assert limit.instead in str(error.value)
 
 
+def test_everything_that_is_refused_is_named_at_once():
+    config = everything_unsupported("engine")
+    with pytest.raises(ValueError, match="nor ") as error:
+        limits.check(limits.ENGINE_LIMITS, config)
+    named = [limit for limit in limits.ENGINE_LIMITS if limit.name in str(error.value)]
+    assert named == [limit for limit in limits.ENGINE_LIMITS if limit.found(config)]
+    assert len(named) > 10
+
+
 def test_readme_repeats_the_table():
-    section = README.split("## Limits")[1].split("\n## ")[0]
-    for limit in (*limits.MODEL_LIMITS, *limits.UNCHECKED_LIMITS, *limits.ENGINE_LIMITS):
-        assert limit.name in section
+    lists = README.split("\nOf the model:\n")[1].split("\n## ")[0]
+    # Refused before there is a config to look at.
+    listed = set(re.findall("^- (.*)$", lists, re.MULTILINE)) - {
+        "a server for each data-parallel replica from one command (`--data-parallel-multi-port-external-lb`)"
+    }
+    assert listed == {limit.name for limit in (*limits.MODEL_LIMITS, *limits.UNCHECKED_LIMITS, *limits.ENGINE_LIMITS)}
 
 
 def test_readme_has_the_support_table_of_the_tests():

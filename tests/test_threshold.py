@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_shift import threshold
+from vllm_shift.calibrate import describe
 from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold, fit_to_graphs
 
 MOST = 8192
@@ -85,6 +86,17 @@ def test_trials_end_when_sp_mode_has_won_twice():
     assert not decided([won, lost])
     assert not decided([won])
     assert not decided([])
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [(0, "SP mode is always faster"), (300, "steps of up to 300 tokens run in TP mode"), (MOST, "TP mode is always")],
+)
+def test_the_log_says_what_was_seen_and_what_follows(found, words):
+    line = describe([StepTimes(16, 1.0, 2.5)], found, MOST, "measured now, 0.1 s")
+    assert "(measured now, 0.1 s)" in line
+    assert "16: 1.00 / 2.50" in line
+    assert f"So {words}" in line
 
 
 @pytest.fixture
