@@ -68,7 +68,7 @@ def measure(llm: LLM, args: argparse.Namespace, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_engine_flags(parser)
-    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 16, 64, 128, 256])
     parser.add_argument(

@@ -43,39 +43,61 @@ def check_valid(config: ShiftConfig) -> None:
     assert 0 <= config.max_tp_tokens < 2**63
 
 
-@repeatable
-@given(VALUES | SETTINGS | SENSIBLE)
-def test_settings(found):
-    with contextlib.suppress(ValueError):
-        check_valid(ShiftConfig.from_dict(found))
+def test_settings():
+    accepted = []
+
+    @repeatable
+    @given(VALUES | SETTINGS | SENSIBLE)
+    def check(found):
+        with contextlib.suppress(ValueError):
+            check_valid(config := ShiftConfig.from_dict(found))
+            accepted.append(config)
+
+    check()
+    assert len(accepted) > 10
 
 
-@repeatable
-@given(
-    flags=SENSIBLE, additional=st.none() | VALUES | st.dictionaries(st.just(CONFIG_KEY), SENSIBLE | SETTINGS | VALUES)
-)
-def test_flags_together_with_additional_config(flags, additional):
-    engine_args = SimpleNamespace(**(ShiftConfig().to_dict() | flags), additional_config=additional)
-    with contextlib.suppress(ValueError):
-        config = translate.read_settings(engine_args)
-        check_valid(config)
-        given_there = additional.get(CONFIG_KEY, {}) if additional else {}
-        for name, value in config.to_dict().items():
-            assert value in (flags.get(name), given_there.get(name), ShiftConfig().to_dict()[name])
+def test_flags_together_with_additional_config():
+    accepted = []
+
+    @repeatable
+    @given(
+        flags=SENSIBLE,
+        additional=st.none() | VALUES | st.dictionaries(st.just(CONFIG_KEY), SENSIBLE | SETTINGS | VALUES),
+    )
+    def check(flags, additional):
+        engine_args = SimpleNamespace(**(ShiftConfig().to_dict() | flags), additional_config=additional)
+        with contextlib.suppress(ValueError):
+            config = translate.read_settings(engine_args)
+            check_valid(config)
+            accepted.append(config)
+            given_there = additional.get(CONFIG_KEY, {}) if additional else {}
+            for name, value in config.to_dict().items():
+                assert value in (flags.get(name), given_there.get(name), ShiftConfig().to_dict()[name])
+
+    check()
+    assert len(accepted) > 10
 
 
 PARSER = EngineArgs.add_cli_args(FlexibleArgumentParser())
 WORDS = st.text(st.characters(codec="utf-8"), max_size=12) | st.integers().map(str) | st.just(AUTO)
 
 
-@repeatable
-@given(st.dictionaries(st.sampled_from(["--ulysses-sequence-parallel-size", "--shift-parallel-threshold"]), WORDS),
-       st.booleans())  # fmt: skip
-def test_command_lines(words, enabled):
-    line = [f"{flag}={word}" for flag, word in words.items()] + ["--enable-shift-parallel"] * enabled
-    # argparse ends the process, with a message.
-    with contextlib.suppress(SystemExit, ValueError), contextlib.redirect_stderr(io.StringIO()):
-        check_valid(translate.read_settings(PARSER.parse_args(line)))
+def test_command_lines():
+    accepted = []
+
+    @repeatable
+    @given(st.dictionaries(st.sampled_from(["--ulysses-sequence-parallel-size", "--shift-parallel-threshold"]), WORDS),
+           st.booleans())  # fmt: skip
+    def check(words, enabled):
+        line = [f"{flag}={word}" for flag, word in words.items()] + ["--enable-shift-parallel"] * enabled
+        # argparse ends the process, with a message.
+        with contextlib.suppress(SystemExit, ValueError), contextlib.redirect_stderr(io.StringIO()):
+            check_valid(config := translate.read_settings(PARSER.parse_args(line)))
+            accepted.append(config)
+
+    check()
+    assert any(config.active for config in accepted)
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +163,18 @@ LINES = [
 ]
 
 
-@repeatable
-@given(st.binary(max_size=200) | st.lists(st.sampled_from(LINES)).map(lambda rows: "\n".join(rows).encode()))
-def test_traces(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "trace"
-    path.write_bytes(content)
-    with contextlib.suppress(CommandError):
-        _, requests = read_trace(path)
-        assert requests
-        assert all(r.arrival >= 0 and r.prompt_tokens > 0 and r.output_tokens > 0 for r in requests)
+def test_traces(tmp_path):
+    path, accepted = tmp_path / "trace", set()
+
+    @repeatable
+    @given(st.binary(max_size=200) | st.lists(st.sampled_from(LINES)).map(lambda rows: "\n".join(rows).encode()))
+    def check(content):
+        path.write_bytes(content)
+        with contextlib.suppress(CommandError):
+            name, requests = read_trace(path)
+            accepted.add(name)
+            assert requests
+            assert all(r.arrival >= 0 and r.prompt_tokens > 0 and r.output_tokens > 0 for r in requests)
+
+    check()
+    assert len(accepted) > 1

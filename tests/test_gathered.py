@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 from vllm.model_executor.layers.linear import RowParallelLinear
 
@@ -157,6 +158,31 @@ class Experts(MoERunnerInterface):
 Experts.__abstractmethods__ = frozenset()
 
 
+def experts(**changed: bool) -> Experts:
+    module = Experts()
+    for name, value in changed.items():
+        config = module.moe_config
+        setattr(config if hasattr(config, name) else config.moe_parallel_config, name, value)
+    return module
+
+
+def experts_that_do_nothing() -> Experts:
+    module = Experts()
+    module.router = ZeroExpertRouter.__new__(ZeroExpertRouter)
+    return module
+
+
+def leaves_the_sum() -> Mixes:
+    module = Mixes(6)
+    module.rows[0].reduce_results = False
+    return module
+
+
+class AddsAfterwards(Mixes):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) / 4 + 1
+
+
 @pytest.mark.parametrize(
     ("make", "sums"),
     [
@@ -167,9 +193,16 @@ Experts.__abstractmethods__ = frozenset()
         (lambda: Mixes(6, 6), False),
         (lambda: Mixes(1), False),
         (lambda: Experts(is_sequence_parallel=True), False),
+        (lambda: experts(use_all2all_kernels=True), False),
+        (lambda: experts(skip_final_all_reduce=True), False),
+        (experts_that_do_nothing, False),
+        (leaves_the_sum, False),
+        # What the sum becomes afterwards is not a sum.
+        (lambda: AddsAfterwards(6), True),
     ],
-    ids=["returns", "writes", "experts", "two layers", "no sum", "sums elsewhere"],
-)
+    ids=["returns", "writes", "experts", "two layers", "no sum", "sums elsewhere", "all-to-all", "skips",
+         "zero experts", "leaves the sum", "adds afterwards"],
+)  # fmt: skip
 def test_a_sum_over_ranks_costs_no_more_than_in_tp_mode(make, sums):
     module, switch = make(), Switch(in_sp=True)
     gather = Gather(switch, module)
@@ -208,6 +241,11 @@ class Plain(nn.Module):
         self.attn, self.norm = FakeAttention(), nn.LayerNorm(2)
 
 
+class StockRow(RowParallelLinear):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
 class NormOverAllHeads(Plain):
     def forward(self, x):
         return self._norm(x)
@@ -228,6 +266,7 @@ class Whole(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([Plain(), NormOverAllHeads(), ExpertsOnTheirOwn()])
+        self.layers[0].o_proj = StockRow()  # its own code gathers, too, and has a way to run in SP mode
 
     def forward(self, x):
         return tensor_model_parallel_all_gather(x)

@@ -1,29 +1,60 @@
-"""What the layers refuse: settings that have no way to run in SP mode, and another plugin in their place."""
+"""What layers and workers refuse: what has no way to run in SP mode, and what would leave slots as they were."""
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from torch import nn
+from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor import custom_op
+from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_shift import layers
+from vllm_shift.dims import ParallelDims
+from vllm_shift.worker import ShiftWorkerMixin
+
+SWITCH = SimpleNamespace(dims=ParallelDims(2, 1, 0), in_sp=False, early=False)
 
 
-def layer(refusal: str, shifts: bool) -> nn.Module:
-    found = layers.SlottedRowParallelLinear.__new__(layers.SlottedRowParallelLinear)
-    nn.Module.__init__(found)
-    found.refusal, found.shifts = refusal, shifts
-    return found
+@pytest.fixture
+def building():
+    """As while a model is built on the first of two ranks."""
+    with ExitStack() as stack:
+        for module in ("layers.linear", "layers.vocab_parallel_embedding", "parameter"):
+            path = f"vllm.model_executor.{module}.get_tensor_model_parallel"
+            stack.enter_context(mock.patch(f"{path}_world_size", return_value=2))
+            stack.enter_context(mock.patch(f"{path}_rank", return_value=0))
+        stack.enter_context(set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cpu"))))
+        stack.enter_context(layers.slotted_layers(SWITCH))
+        yield
 
 
-def test_a_layer_that_cannot_shift_is_refused_by_name():
-    sound = nn.ModuleDict({"norm": nn.Linear(2, 2), "up": layer("", True), "same_in_both": layer("reason", False)})
-    layers.check_layers(sound)
-    with pytest.raises(NotImplementedError, match=r"^down: gather_output=True is not supported in SP mode$"):
-        layers.check_layers(nn.ModuleDict({"up": sound["up"], "down": layer("gather_output=True", True)}))
+REFUSED = {
+    "gather_output=True, skip_bias_add=False": lambda: linear.ColumnParallelLinear(8, 8, gather_output=True),
+    "gather_output=False, skip_bias_add=True": lambda: linear.ColumnParallelLinear(8, 8, skip_bias_add=True),
+    "input_is_parallel=False, reduce_results=True": lambda: linear.RowParallelLinear(8, 8, input_is_parallel=False),
+    "input_is_parallel=True, reduce_results=False": lambda: linear.RowParallelLinear(
+        8, 8, bias=False, reduce_results=False
+    ),
+    "extended by LoRA": lambda: VocabParallelEmbedding(68, 8, org_num_embeddings=64),
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED)
+def test_layers_that_cannot_shift_are_refused(building, problem):
+    with pytest.raises(NotImplementedError, match=problem):
+        layers.check_layers(nn.Sequential(REFUSED[problem]()))
+
+
+def test_layers_that_can_shift_are_not(building):
+    layers.check_layers(nn.Sequential(linear.ColumnParallelLinear(8, 8), linear.RowParallelLinear(8, 8)))
 
 
 def test_layers_that_another_plugin_has_replaced_are_not_replaced_again(monkeypatch):
     before = dict(custom_op.op_registry_oot)
-    with layers.slotted_layers(None):
+    with layers.slotted_layers(SWITCH):
         assert custom_op.op_registry_oot["RowParallelLinear"] is layers.SlottedRowParallelLinear
         with layers.stock_layers():
             assert custom_op.op_registry_oot == before
@@ -31,6 +62,25 @@ def test_layers_that_another_plugin_has_replaced_are_not_replaced_again(monkeypa
     monkeypatch.setitem(custom_op.op_registry_oot, "RowParallelLinear", object)
     with (
         pytest.raises(RuntimeError, match=r"\['RowParallelLinear'\], which another vLLM plugin"),
-        layers.slotted_layers(None),
+        layers.slotted_layers(SWITCH),
     ):
         pass
+
+
+def worker(quantization=None, lora_config=None):
+    return SimpleNamespace(
+        model_config=SimpleNamespace(quantization=quantization), vllm_config=SimpleNamespace(lora_config=lora_config)
+    )
+
+
+@pytest.mark.parametrize("of", [worker(quantization="fp8"), worker(lora_config=object())], ids=["quantized", "LoRA"])
+def test_sleep_that_gives_up_what_could_not_be_loaded_again_is_refused(of):
+    with pytest.raises(NotImplementedError, match="sleep at level 1"):
+        ShiftWorkerMixin.sleep(of, level=2)
+
+
+def test_reloads_that_would_leave_old_weights_are_refused():
+    with pytest.raises(NotImplementedError, match="quantized model"):
+        ShiftWorkerMixin.reload_weights(worker(quantization="fp8"))
+    with pytest.raises(NotImplementedError, match="layout of a checkpoint"):
+        ShiftWorkerMixin.reload_weights(worker(), is_checkpoint_format=False)

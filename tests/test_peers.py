@@ -204,3 +204,81 @@ def test_traces_of_both_ways_have_caches_of_their_own():
     twins = [config_of_twin(config, trace, None) for trace in ("sp", "sp-peers")]
     assert len({twin.compilation_config.cache_dir for twin in [config, *twins]}) == 3
     assert len({str(twin.additional_config) for twin in [config, *twins]}) == 3
+
+
+def test_what_is_sent_is_there_before_it_is_read(peers, monkeypatch):
+    group, _ = connected(peers, monkeypatch, 2, 3, True)
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} stream waits for {other.name}")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            events.append("send")
+            return write_rows[grid]
+
+    here, buffer, write_rows = Stream("first"), exchange._peers[group]._heads, peers.write_rows
+    get_buffer = buffer._handle.get_buffer
+    buffer._stream = Stream("second")
+    buffer._handle.barrier = lambda: events.append("barrier")
+    buffer._handle.get_buffer = lambda *args: events.append("send") or get_buffer(*args)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(peers, "write_rows", Kernel())
+    buffer.exchange((torch.zeros(6, 4),), (2, 1, 1, 3))
+    assert events == ["send", "barrier"]
+    events.clear()
+    buffer.swap(torch.zeros(3, 4), lambda: events.append("product"))
+    assert events == ["second stream waits for first", "send", "product", "first stream waits for second", "barrier"]
+
+
+@pytest.mark.parametrize("sp", [2, 3])
+def test_what_the_next_exchange_writes_to_is_given_to_nobody(peers, monkeypatch, sp):
+    monkeypatch.setattr(peers, "SWAP_BYTES", 10**6)
+    memory = exchange._peers[connected(peers, monkeypatch, sp, 2, True)[0]]
+    made = memory.product_to_heads(torch.randn(2, 5), torch.randn(sp * (Q + K + V), 5), None)
+    back = memory.heads_to_tokens(torch.randn(2 * sp, 2 * V))
+    for x, buffer in ((made, memory._heads), (back, memory._tokens)):
+        assert x.untyped_storage().data_ptr() != buffer._memory.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(("bytes_more", "swaps"), [(0, True), (1, False)])
+def test_a_swap_is_for_so_many_bytes(peers, monkeypatch, bytes_more, swaps):
+    group, _ = connected(peers, monkeypatch, 2, 3, True)
+    monkeypatch.setattr(peers, "SWAP_BYTES", 3 * 8 * 4 + bytes_more)
+    assert exchange._peers[group]._swaps(3, 8) is swaps
+
+
+@pytest.mark.parametrize(
+    ("splits", "partitions", "keeps"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+@pytest.mark.parametrize("elsewhere", [None, "the GPUs cannot share memory"])
+def test_all_ranks_of_a_group_exchange_in_the_same_way(peers, monkeypatch, splits, partitions, keeps, elsewhere):
+    all_reduce = SimpleNamespace(disabled=False, fully_connected=True)
+    communicator = SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=all_reduce))
+    monkeypatch.setattr(peers, "get_tp_group", lambda: communicator)
+    monkeypatch.setattr(peers.symmetric_memory, "get_backend", lambda device: None)
+    monkeypatch.setattr(peers.symmetric_memory, "empty", torch.empty)
+    monkeypatch.setattr(peers.symmetric_memory, "rendezvous", lambda *args: SimpleNamespace(buffer_ptrs=[0]))
+
+    def all_gather_object(problems, problem, group):
+        problems[:] = [problem, elsewhere]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    without_streams(monkeypatch)
+    group = SimpleGroup(
+        world_size=2, rank_in_group=0, rank=0, first_rank=0, ranks=[0, 1], device="cpu", cpu_group=None,
+        device_group=SimpleNamespace(group_name="sp"),
+    )  # fmt: skip
+    compilation = SimpleNamespace(
+        splitting_ops_contain_attention=lambda: splits, use_inductor_graph_partition=partitions
+    )
+    config = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(dtype=torch.float32))
+    assert peers.connect(group, [LAYER], 4, config) is (elsewhere is None)
+    assert (group in exchange._peers) is (elsewhere is None)
+    if elsewhere is None:
+        assert exchange._peers[group]._keeps is keeps

@@ -5,20 +5,24 @@ import sys
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import support_table
 import tiny
 import vllm
 from rank_group import CASES, Group
+from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.model_executor import custom_op
+from vllm.model_executor.layers.quantization import QuantizationMethods
+from vllm.model_executor.model_loader import LoadFormats
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_shift
 from vllm_shift import limits, plugin, translate
-from vllm_shift.config import CONFIG_KEY
+from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.exit_code import ExitCode
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -335,3 +339,71 @@ def test_versions_agree():
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f'version = "{vllm_shift.__version__}"' in project
     assert project.count(f"=={plugin.SUPPORTED_VLLM}") == 2
+
+
+STOCK_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "most", "chosen_by_user", "more"),
+    [
+        (100, 1024, False, [100, *range(576, 1024, 64), 1024]),
+        ("auto", 1024, False, [*range(576, 1024, 64), 1024]),
+        # 1,024 a rank.
+        (256, 65536, False, [*range(576, 1024, 64), *range(1024, 2048, 128), 2048]),
+        (100, 65536, True, [100]),
+    ],
+)
+def test_a_config_gains_cuda_graph_sizes(threshold, most, chosen_by_user, more):
+    compilation = SimpleNamespace(cudagraph_capture_sizes=[*STOCK_SIZES], max_cudagraph_capture_size=512)
+    scheduler = SimpleNamespace(max_num_batched_tokens=most)
+    config = SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler)
+    translate._set_graph_sizes(config, ShiftConfig(1, 2, True, threshold), chosen_by_user)
+    assert sorted(set(compilation.cudagraph_capture_sizes) - set(STOCK_SIZES)) == more
+    assert compilation.max_cudagraph_capture_size == compilation.cudagraph_capture_sizes[-1]
+
+
+def test_cuda_graph_sizes_of_the_user_are_known_as_such(llama, monkeypatch):
+    found = []
+    monkeypatch.setattr(translate, "_set_graph_sizes", lambda config, shift, by_user: found.append(by_user))
+    create(llama, **SHIFT)
+    create(llama, compilation_config={"cudagraph_capture_sizes": [1, 2]}, **SHIFT)
+    create(llama, max_cudagraph_capture_size=8, **SHIFT)
+    assert found == [False, True, True]
+
+
+def test_architectures_not_tested_need_the_self_check(llama, monkeypatch):
+    monkeypatch.setattr(limits, "TESTED", ())
+    create(llama, **SHIFT)
+    with pytest.raises(ValueError, match=r"with the self-check off \(LlamaForCausalLM\)"):
+        create(llama, additional_config={CONFIG_KEY: {"self_check": False}}, **SHIFT)
+
+
+@pytest.mark.parametrize(
+    ("given", "engines"),
+    [
+        ({}, 4),
+        ({"data_parallel_size_local": 2}, 2),
+        ({"data_parallel_size_local": 0}, 0),
+        ({"data_parallel_rank": 3}, 1),
+        ({"data_parallel_external_lb": True}, 1),
+    ],
+)
+def test_engines_of_this_host(given, engines):
+    nothing = dict.fromkeys(("data_parallel_size_local", "data_parallel_rank", "data_parallel_external_lb"))
+    assert translate._local_engines(SimpleNamespace(**nothing | {"data_parallel_size": 4} | given)) == engines
+
+
+def test_all_engines_and_stages_need_places(llama, monkeypatch):
+    asked = []
+    monkeypatch.setattr(translate, "_check_devices", lambda ranks, args: asked.append(ranks))
+    create(llama, tensor_parallel_size=2, data_parallel_size=3, **SHIFT)
+    with pytest.raises(ValueError, match="tried with external_launcher"):
+        create(llama, pipeline_parallel_size=2, **SHIFT)
+    assert asked == [12, 4]
+
+
+def test_what_is_allowed_is_known_to_vllm():
+    assert set(limits.CACHE_DTYPES) <= set(get_args(CacheDType))
+    assert set(limits.LOAD_FORMATS) <= set(get_args(LoadFormats))
+    assert set(limits.QUANTIZATIONS) <= set(get_args(QuantizationMethods))

@@ -75,7 +75,8 @@ BAD = {
     '{"arrival_s": -1, "prompt_tokens": 3, "output_tokens": 4}': "arrival_s must be a number of at least 0, got -1",
     '{"arrival_s": NaN, "prompt_tokens": 3, "output_tokens": 4}': "got nan",
     '{"arrival_s": "0", "prompt_tokens": 3, "output_tokens": 4}': "got '0'",
-    '{"arrival_s": 0, "prompt_tokens": 0, "output_tokens": 4}': "prompt_tokens must be a whole number of at least 1",
+    '{"arrival_s": 0, "prompt_tokens": 0, "output_tokens": 4}': "prompt_tokens must be a whole number from 1 to",
+    '{"arrival_s": 0, "prompt_tokens": 99999999999999999999, "output_tokens": 4}': "got 99999999999999999999",
     '{"arrival_s": 0, "prompt_tokens": 3, "output_tokens": 4.5}': "got 4.5",
     '{"arrival_s": 0, "prompt_tokens": true, "output_tokens": 4}': "got True",
     '{"arrival_s": 0,': "not JSON",
@@ -98,6 +99,10 @@ def test_other_formats_name_their_bad_lines(tmp_path):
     azure = "TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n2023-11-16 18:00:00,-1,1\n2023-11-16 18:00:00,1\n"
     with pytest.raises(TraceError, match=r"(?s)line 2: TIMESTAMP.*line 3: ContextTokens.*line 4: expected 3 columns"):
         read_trace(written(tmp_path, azure))
+    with pytest.raises(TraceError, match="line 2: field larger than field limit"):
+        read_trace(written(tmp_path, f"TIMESTAMP,ContextTokens,GeneratedTokens\n{'1' * 200_000},1,1\n"))
+    with pytest.raises(TraceError, match="line 1: maximum recursion depth"):
+        read_trace(written(tmp_path, '{"arrival_s": ' + "[" * 200_000))
     mooncake = '{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [0.5]}'
     with pytest.raises(TraceError, match="line 1: hash_ids"):
         read_trace(written(tmp_path, mooncake))

@@ -152,10 +152,6 @@ def test_the_start_up_line_and_the_stats_line(server):
     assert re.search(r"SP mode 1 steps \(100 tokens, \d+\.\d ms each\), \d mode changes; threshold 32 tokens", log)
 
 
-def test_health(server):
-    assert httpx.get(f"{server.url}/health").status_code == 200
-
-
 def test_metrics_equal_the_counts_of_the_workers(server):
     before = server.metrics()
     with both_modes_run(server):

@@ -1,6 +1,7 @@
 """Which mode a step runs in, and what the model sees of it, on one rank without collectives."""
 
 import itertools
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from vllm.config import CompilationMode
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
@@ -230,3 +232,86 @@ def test_graph_sizes_respect_the_user_and_the_token_budget():
     assert graph_sizes([], 256, 8192) == []
     assert graph_sizes([1, 8], 256, 0) == [1, 8]
     assert graph_sizes([1, 512], 100, 1024)[-1] == 1024
+
+
+@pytest.fixture
+def twins(monkeypatch):
+    """What happens to the compiled twins: the trace they are made for, in and out."""
+    events = []
+    swaps = SimpleNamespace(swap_in=lambda: events.append("in"), swap_out=lambda: events.append("out"))
+    monkeypatch.setattr(
+        switch_module, "CompiledTwins", lambda model, config, trace, graph_pass: events.append(trace) or swaps
+    )
+    return events
+
+
+def test_twins_run_in_sp_mode_only_and_not_eagerly(make, twins):
+    switch, model = make(2, 0, 4)
+    assert twins == ["sp"]
+    step(model, 4)
+    assert twins == ["sp"]
+    step(model, 5)
+    assert twins == ["sp", "in", "out"]
+    assert not model.calls[-1][2]  # their trace is that of SP mode
+    model.fails = True
+    with pytest.raises(RuntimeError):
+        step(model, 5)
+    assert twins == ["sp", "in", "out", "in", "out"]
+    model.fails, switch.eager = False, True
+    for num_tokens in (4, 5):
+        step(model, num_tokens)
+        assert model.calls[-1][2]
+    assert twins.count("in") == 2
+
+
+def test_padding_is_zero_after_a_larger_step(make):
+    _, model = make(2, 1, 0)
+    step(model, 64)
+    step(model, 9)
+    ids, positions, _ = model.calls[-1]
+    assert (ids[-1], positions[-1]) == (0, 0)
+
+
+class TakesMore(Model):
+    def forward(self, input_ids, positions, token_type_ids):
+        return super().forward(input_ids, positions)
+
+
+def test_an_input_that_sp_mode_does_not_know_is_refused(make):
+    switch, _ = make(2, 0, 4)
+    switch.attach(model := TakesMore(), VLLM_CONFIG)
+    with pytest.raises(NotImplementedError, match="TakesMore takes token_type_ids, which SP mode does not know"):
+        model(input_ids=torch.arange(8), positions=torch.arange(8), token_type_ids=torch.arange(8))
+
+
+class OtherAttention(nn.Module, AttentionLayerBase):
+    pass
+
+
+OtherAttention.__abstractmethods__ = frozenset()
+
+
+def test_attention_that_sp_mode_does_not_know_is_refused(make):
+    switch, _ = make(2, 0, 4)
+    model = Model()
+    model.other = OtherAttention()
+    with pytest.raises(NotImplementedError, match=r"layers that SP mode does not know: \['OtherAttention'\]"):
+        switch.attach(model, VLLM_CONFIG)
+
+
+@pytest.mark.parametrize(("through_peers", "trace"), [(True, "sp-peers"), (False, "sp")])
+def test_gpus_connect_for_the_rows_of_the_largest_step(make, twins, monkeypatch, through_peers, trace):
+    switch, _ = make(2, 0, 4)
+    asked = []
+
+    def connect(group, layers, rows, config):
+        asked.append((len(layers), rows))
+        return through_peers
+
+    monkeypatch.setitem(sys.modules, "vllm_shift.peers", SimpleNamespace(connect=connect))
+    monkeypatch.setattr(switch_module, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    largest = SimpleNamespace(max_num_batched_tokens=65)
+    switch.attach(Model(), SimpleNamespace(**vars(VLLM_CONFIG) | {"scheduler_config": largest}))
+    assert asked == [(1, 66)]
+    assert switch.through_peers is through_peers
+    assert twins[-1] == trace

@@ -2,12 +2,15 @@
 
 import json
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+from vllm.config import CUDAGraphMode
 
-from vllm_shift import threshold
-from vllm_shift.calibrate import describe
+from vllm_shift import calibrate, threshold
 from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold, fit_to_graphs
 
 MOST = 8192
@@ -93,7 +96,7 @@ def test_trials_end_when_sp_mode_has_won_twice():
     [(0, "SP mode is always faster"), (300, "steps of up to 300 tokens run in TP mode"), (MOST, "TP mode is always")],
 )
 def test_the_log_says_what_was_seen_and_what_follows(found, words):
-    line = describe([StepTimes(16, 1.0, 2.5)], found, MOST, "measured now, 0.1 s")
+    line = calibrate.describe([StepTimes(16, 1.0, 2.5)], found, MOST, "measured now, 0.1 s")
     assert "(measured now, 0.1 s)" in line
     assert "16: 1.00 / 2.50" in line
     assert f"So {words}" in line
@@ -127,6 +130,38 @@ def test_the_cache_gives_back_what_an_equal_engine_measured(vllm_config, monkeyp
     assert TimesCache(vllm_config(), NCCL).load() == steps
     monkeypatch.setattr(threshold, "_source_hash", lambda: "other code")
     assert TimesCache(vllm_config(), NCCL).load() is None
+
+
+def test_the_cache_is_of_this_engine_and_device(vllm_config, monkeypatch):
+    TimesCache(vllm_config(), NCCL).save(times(300))
+    for name, value in (("max_num_batched_tokens", 1), ("cudagraph_mode", 2), ("max_cudagraph_capture_size", 8)):
+        other = vllm_config()
+        place = other.scheduler_config if hasattr(other.scheduler_config, name) else other.compilation_config
+        setattr(place, name, value)
+        assert TimesCache(other, NCCL).load() is None
+    with monkeypatch.context() as other:
+        other.setattr(threshold.current_platform, "get_device_name", lambda: "another GPU")
+        assert TimesCache(vllm_config(), NCCL).load() is None
+    with monkeypatch.context() as other:
+        other.setattr("torch.__version__", "0")
+        assert TimesCache(vllm_config(), NCCL).load() is None
+    assert TimesCache(vllm_config(), NCCL).load() is not None
+
+
+class Positions(nn.Module):
+    def forward(self, positions):
+        return positions
+
+
+def test_each_mode_is_timed_in_steps_of_its_own(monkeypatch):
+    switch, model = SimpleNamespace(max_tp_tokens=5), Positions()
+    runner = SimpleNamespace(device="cpu", get_model=lambda: model)
+    # vLLM's model runners pad.
+    runner._dummy_run = lambda count, cudagraph_runtime_mode: model(positions=torch.zeros(count + 3))
+    config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE))
+    monkeypatch.setattr(calibrate, "set_forward_context", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(calibrate, "_time", lambda run, graphed, device: 1.0 if switch.max_tp_tokens >= 16 else 2.0)
+    assert calibrate._time_step(13, runner, switch, config) == StepTimes(16, tp_ms=1.0, sp_ms=2.0)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 1, "times": []}', '{"key"', "null"])

@@ -183,7 +183,7 @@ def _choose(ask: Question, options: list[Option]) -> tuple[Option | None, str]:
         f"{tp.prefill_ms[ask.most]:.1f} ms in {tp.layout}"
     )
     lost = f"{100 * (1 - choice.kv_tokens / tp.kv_tokens):.0f} %"
-    if choice.threshold is None or choice.saving <= 0:
+    if choice.threshold is None:  # TP mode is as fast even in the largest step
         return tp, (
             f"Shift does not pay here: {times}, so SP mode is not even faster there, and the KV cache would shrink by "
             f"{lost}."

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_shift_cli.arguments import MOST
 from vllm_shift_cli.errors import CommandError
 
 _AZURE_COLUMNS = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
@@ -85,7 +86,7 @@ def read_trace(path: Path) -> tuple[str, list[TraceRequest]]:
     for number, line in numbered:
         try:
             requests.append(parse(line))
-        except ValueError as error:
+        except (ValueError, csv.Error, RecursionError) as error:
             problems.append((number, str(error)))
     if problems:
         raise TraceError(str(path), problems)
@@ -163,8 +164,8 @@ def _json_object(line: str) -> dict[str, Any]:
 
 def _count(row: dict[str, Any], name: str) -> int:
     value = _value(row, name)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if type(value) is not int or not 1 <= value <= MOST:
+        raise ValueError(f"{name} must be a whole number from 1 to {MOST:,}, got {value!r}")
     return value
 
 
