@@ -255,7 +255,11 @@ class SlottedRowParallelLinear(SlottedLinear, RowParallelLinear):
 
 
 class SlottedVocabParallelEmbedding(Slotted, VocabParallelEmbedding):
-    """``VocabParallelEmbedding`` with slots [S*vocab/P, hidden]: a rank looks up its own tokens by itself."""
+    """``VocabParallelEmbedding`` with slots [S*vocab/P, hidden]: a rank looks up its own tokens by itself.
+
+    Raises:
+        NotImplementedError: a vocabulary extended by LoRA, or a quantized table.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -153,6 +153,9 @@ class PeerMemory(Peers):
         rows: most rows of the folded view, n*S.
         dtype: of the activations.
         keeps: whether what ``tokens_to_heads`` returns is left alone until the next exchange.
+
+    Raises:
+        RuntimeError: the GPUs cannot share memory; later, the two directions did not take turns.
     """
 
     def __init__(
@@ -170,7 +173,8 @@ class PeerMemory(Peers):
         return received if self._keeps else received.clone()
 
     def product_to_heads(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x`` [n, in] times ``weight`` [S * columns, in], all heads of this rank's tokens: all tokens of its heads.
+        """``x`` [n, in] times ``weight`` [S * columns, in], plus ``bias`` [S * columns]: [n*S, columns], all tokens of
+        this rank's heads, in the head view.
 
         With two ranks, and enough to send, what the other rank gets travels while the rest is made.
         """

@@ -166,6 +166,7 @@ class SelfCheck:
 
         Raises:
             RuntimeError: the modes differ; names the first layer that does. Raised on every rank.
+            NotImplementedError: a KV cache of a shape that it does not know; names the layer.
         """
         started = time.monotonic()
         scheduler, threshold = self._worker.scheduler_config, self._switch.max_tp_tokens

@@ -70,7 +70,8 @@ class ModeSwitch:
         """Put the hooks on a model and its attention layers.
 
         Raises:
-            NotImplementedError: the model has no attention layer to exchange at.
+            NotImplementedError: the model has no attention layer to exchange at, or one of a kind that SP mode does not
+                know; or vLLM compiles it as a whole.
         """
         self._gathers = [Gather(self, module) for _, module in gathered_modules(model)]
         inside = inside_gathered(model)
