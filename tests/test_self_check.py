@@ -8,7 +8,8 @@ import torch
 from mutations import MUTATIONS
 from rank_group import self_checks
 
-from vllm_shift.self_check import SelfCheck, allowed_error, prompt_lengths, relative_error
+from vllm_shift.rounding import allowed_error, relative_error
+from vllm_shift.self_check import SelfCheck, prompt_lengths
 
 
 def fits(lengths):
