@@ -1,7 +1,7 @@
 """Draws the Grafana dashboard next to this file from a running server, without Grafana or Prometheus.
 
-Reads /metrics every second and evaluates the queries of the dashboard, as far
-as it uses PromQL: sums, rates (over 5 s), ratios of them and quantiles of histograms.
+Reads /metrics every second and evaluates the queries of the dashboard, as far as it uses PromQL: sums, rates (over
+5 s), ratios of them and quantiles of histograms.
 """
 
 import argparse

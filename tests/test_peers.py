@@ -149,6 +149,29 @@ REASONS = {
 }
 
 
+def try_to_connect(peers, monkeypatch, rendezvous, all_reduce, elsewhere=None, splits=True, partitions=False):
+    """A group of two ranks, and whether it exchanges through peers; ``elsewhere``: the problem of the other rank."""
+
+    def all_gather_object(problems, problem, group):
+        problems[:] = [problem, elsewhere]
+
+    communicator = SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=all_reduce))
+    monkeypatch.setattr(peers, "get_tp_group", lambda: communicator)
+    monkeypatch.setattr(peers.symmetric_memory, "empty", torch.empty)
+    monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
+    monkeypatch.setattr(peers.torch.distributed, "all_gather_object", all_gather_object)
+    without_streams(monkeypatch)
+    group = SimpleGroup(
+        world_size=2, rank_in_group=0, rank=0, first_rank=0, ranks=[0, 1], device="cpu", cpu_group=None,
+        device_group=SimpleNamespace(group_name="sp"),
+    )  # fmt: skip
+    compilation = SimpleNamespace(
+        splitting_ops_contain_attention=lambda: splits, use_inductor_graph_partition=partitions
+    )
+    config = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(dtype=torch.float32))
+    return group, peers.connect(group, [LAYER], 4, config)
+
+
 @pytest.mark.parametrize("case", REASONS)
 def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
     def rendezvous(memory, name):
@@ -161,24 +184,9 @@ def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
     custom_all_reduce = None if case == "no custom all-reduce" else custom_all_reduce
     backend = "NVSHMEM" if case == "another backend" else "CUDA"
     monkeypatch.setattr(peers.symmetric_memory, "get_backend", lambda device: backend)
-    tp_group = SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=custom_all_reduce))
-    monkeypatch.setattr(peers, "get_tp_group", lambda: tp_group)
-    monkeypatch.setattr(peers.symmetric_memory, "empty", torch.empty)
-    monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
-    monkeypatch.setattr(
-        peers.torch.distributed, "all_gather_object", lambda found, x, group: found.__setitem__(slice(None), [x])
-    )
     monkeypatch.setattr(peers.logger, "info", lambda line, *args: lines.append(line % args))
-    without_streams(monkeypatch)
-    device_group = SimpleNamespace(group_name="sp")
-    group = SimpleGroup(
-        world_size=1, rank_in_group=0, rank=0, first_rank=0, ranks=[0], device="cpu", cpu_group=None,
-        device_group=device_group,
-    )  # fmt: skip
-    compilation = SimpleNamespace(splitting_ops_contain_attention=lambda: True, use_inductor_graph_partition=False)
-    model_config = SimpleNamespace(dtype=torch.float32)
-    config = SimpleNamespace(compilation_config=compilation, model_config=model_config)
-    assert peers.connect(group, [LAYER], 4, config) is (case == "works")
+    group, connected = try_to_connect(peers, monkeypatch, rendezvous, custom_all_reduce)
+    assert connected is (case == "works")
     assert (group in exchange._peers) is (case == "works")
     way = f"NCCL, as {REASONS[case]}." if REASONS[case] else "each other's memory."
     assert [line.split(" through ")[1] for line in lines] == [way]
@@ -258,27 +266,12 @@ def test_a_swap_is_for_so_many_bytes(peers, monkeypatch, bytes_more, swaps):
 )
 @pytest.mark.parametrize("elsewhere", [None, "the GPUs cannot share memory"])
 def test_all_ranks_of_a_group_exchange_in_the_same_way(peers, monkeypatch, splits, partitions, keeps, elsewhere):
-    all_reduce = SimpleNamespace(disabled=False, fully_connected=True)
-    communicator = SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=all_reduce))
-    monkeypatch.setattr(peers, "get_tp_group", lambda: communicator)
     monkeypatch.setattr(peers.symmetric_memory, "get_backend", lambda device: None)
-    monkeypatch.setattr(peers.symmetric_memory, "empty", torch.empty)
-    monkeypatch.setattr(peers.symmetric_memory, "rendezvous", lambda *args: SimpleNamespace(buffer_ptrs=[0]))
-
-    def all_gather_object(problems, problem, group):
-        problems[:] = [problem, elsewhere]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    without_streams(monkeypatch)
-    group = SimpleGroup(
-        world_size=2, rank_in_group=0, rank=0, first_rank=0, ranks=[0, 1], device="cpu", cpu_group=None,
-        device_group=SimpleNamespace(group_name="sp"),
-    )  # fmt: skip
-    compilation = SimpleNamespace(
-        splitting_ops_contain_attention=lambda: splits, use_inductor_graph_partition=partitions
+    all_reduce = SimpleNamespace(disabled=False, fully_connected=True)
+    group, connected = try_to_connect(
+        peers, monkeypatch, lambda *args: SimpleNamespace(buffer_ptrs=[0]), all_reduce, elsewhere, splits, partitions
     )
-    config = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(dtype=torch.float32))
-    assert peers.connect(group, [LAYER], 4, config) is (elsewhere is None)
+    assert connected is (elsewhere is None)
     assert (group in exchange._peers) is (elsewhere is None)
     if elsewhere is None:
         assert exchange._peers[group]._keeps is keeps

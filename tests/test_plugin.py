@@ -12,6 +12,7 @@ import support_table
 import tiny
 import vllm
 from rank_group import CASES, Group
+from test_switch import STOCK_SIZES
 from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.openai.cli_args import make_arg_parser
@@ -339,9 +340,6 @@ def test_versions_agree():
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f'version = "{vllm_shift.__version__}"' in project
     assert project.count(f"=={plugin.SUPPORTED_VLLM}") == 2
-
-
-STOCK_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 
 
 @pytest.mark.parametrize(

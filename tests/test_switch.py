@@ -20,6 +20,9 @@ from vllm_shift.switch import ModeSwitch
 from vllm_shift.threshold import fit_to_graphs
 from vllm_shift.translate import graph_sizes
 
+# CUDA graph sizes of vLLM.
+STOCK_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+
 VLLM_CONFIG = SimpleNamespace(
     compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
     scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
@@ -208,9 +211,8 @@ def test_a_model_without_attention_is_refused(make):
 
 @pytest.mark.parametrize("threshold", [0, 1, 100, 256, 500, 512, 700, 10_000])
 def test_no_graph_size_pads_a_batch_into_the_other_mode(threshold):
-    stock = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
-    sizes = graph_sizes(stock, threshold, extend_to=8192)
-    assert set(stock) <= set(sizes)
+    sizes = graph_sizes(STOCK_SIZES, threshold, extend_to=8192)
+    assert set(STOCK_SIZES) <= set(sizes)
     assert sizes == sorted(set(sizes))
     for num_tokens in range(1, sizes[-1] + 1):
         padded = next(size for size in sizes if size >= num_tokens)
@@ -219,7 +221,7 @@ def test_no_graph_size_pads_a_batch_into_the_other_mode(threshold):
 
 @pytest.mark.parametrize("last", [16, 32, 128, 256])
 def test_graph_sizes_have_no_hole_where_few_requests_decode(last):
-    stock = [size for size in [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)] if size <= last]
+    stock = [size for size in STOCK_SIZES if size <= last]
     sizes = graph_sizes(stock, 0, extend_to=2048)
     assert sizes[: len(stock)] == stock
     between = [size for size in sizes if last <= size <= 1024]

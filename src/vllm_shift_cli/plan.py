@@ -183,19 +183,14 @@ def _choose(ask: Question, options: list[Option]) -> tuple[Option | None, str]:
         f"{tp.prefill_ms[ask.most]:.1f} ms in {tp.layout}"
     )
     lost = f"{100 * (1 - choice.kv_tokens / tp.kv_tokens):.0f} %"
-    if choice.threshold is None:  # TP mode is as fast even in the largest step
-        return tp, (
-            f"Shift does not pay here: {times}, so SP mode is not even faster there, and the KV cache would shrink by "
-            f"{lost}."
-        )
+    less = f"{100 * choice.saving:.0f} % less"
     if choice.saving < _WORTH:
-        return tp, (
-            f"Shift does not pay here: {times}, {100 * choice.saving:.0f} % less, which is below the "
-            f"{100 * _WORTH:.0f} % that this model can tell from nothing, and the KV cache would shrink by {lost}."
-        )
+        too_little = f"{less}, which is below the {100 * _WORTH:.0f} % that this model can tell from nothing"
+        why = "so SP mode is not even faster there" if choice.threshold is None else too_little
+        return tp, f"Shift does not pay here: {times}, {why}, and the KV cache would shrink by {lost}."
     reason = (
-        f"Shift pays for steps above about {choice.threshold:,} tokens: {times}, {100 * choice.saving:.0f} % less, and "
-        f"the KV cache shrinks by {lost}."
+        f"Shift pays for steps above about {choice.threshold:,} tokens: {times}, {less}, and the KV cache shrinks by "
+        f"{lost}."
     )
     fastest = max((o for o in shifting if o.kv_tokens), key=lambda o: o.saving)
     if fastest.saving > best + _EQUAL:
