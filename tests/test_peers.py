@@ -153,10 +153,13 @@ def try_to_connect(peers, monkeypatch, rendezvous, all_reduce, elsewhere=None, s
     """A group of two ranks, and whether it exchanges through peers; ``elsewhere``: the problem of the other rank."""
 
     def all_gather_object(problems, problem, group):
+        assert group == "all ranks"  # one SP group with memory of its own and one without would do different things
         problems[:] = [problem, elsewhere]
 
-    communicator = SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=all_reduce))
-    monkeypatch.setattr(peers, "get_tp_group", lambda: communicator)
+    all_ranks = SimpleNamespace(
+        device_communicator=SimpleNamespace(ca_comm=all_reduce), world_size=2, cpu_group="all ranks"
+    )
+    monkeypatch.setattr(peers, "get_tp_group", lambda: all_ranks)
     monkeypatch.setattr(peers.symmetric_memory, "empty", torch.empty)
     monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
     monkeypatch.setattr(peers.torch.distributed, "all_gather_object", all_gather_object)
@@ -257,7 +260,7 @@ def test_what_the_next_exchange_writes_to_is_given_to_nobody(peers, monkeypatch,
 @pytest.mark.parametrize(("bytes_more", "swaps"), [(0, True), (1, False)])
 def test_a_swap_is_for_so_many_bytes(peers, monkeypatch, bytes_more, swaps):
     group, _ = connected(peers, monkeypatch, 2, 3, True)
-    monkeypatch.setattr(peers, "SWAP_BYTES", 3 * 8 * 4 + bytes_more)
+    exchange._peers[group].swap_bytes = 3 * 8 * 4 + bytes_more
     assert exchange._peers[group]._swaps(3, 8) is swaps
 
 

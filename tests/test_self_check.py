@@ -8,8 +8,9 @@ import torch
 from mutations import MUTATIONS
 from rank_group import self_checks
 
+from vllm_shift import self_check
 from vllm_shift.rounding import allowed_error, relative_error
-from vllm_shift.self_check import SelfCheck, prompt_lengths
+from vllm_shift.self_check import Difference, SelfCheck, prompt_lengths
 
 
 def fits(lengths):
@@ -54,6 +55,35 @@ def test_a_check_that_has_no_room_is_announced(caplog_vllm):
     check._switch.max_tp_tokens = 512  # no step runs in SP mode
     assert not check.run()
     assert not caplog_vllm.text
+
+
+@pytest.mark.parametrize(("swap_bytes", "checks"), [(None, 1), (math.inf, 1), (4096, 2)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_only_large_steps_do_is_checked_too(monkeypatch, swap_bytes, checks, fails):
+    peers = None if swap_bytes is None else SimpleNamespace(swap_bytes=swap_bytes)
+    monkeypatch.setattr(self_check, "peers_of", lambda name: peers)
+    monkeypatch.setattr(self_check, "_agree", lambda first: first)
+    check, ran = object.__new__(SelfCheck), []
+    check._switch = SimpleNamespace(max_tp_tokens=8, eager=False, group_name="sp")
+    check._runner = SimpleNamespace(cudagraph_manager=SimpleNamespace(_graphs_captured=True))
+    check._read_cache = lambda lengths: []
+    check._explain = lambda first, lengths: first.place
+
+    def process(lengths, most_tokens):
+        graphs = check._runner.cudagraph_manager._graphs_captured
+        ran.append((check._switch.max_tp_tokens, check._switch.eager, graphs, peers and peers.swap_bytes))
+
+    check._process = process
+    check._compare = lambda *args: [Difference(f"layer {len(ran)}", 0, float(fails and len(ran) == 3), 0.5)]
+    if fails and checks == 2:
+        with pytest.raises(RuntimeError, match="layer 3"):
+            check._differences([4, 5])
+    else:
+        assert [each.place for each in check._differences([4, 5])] == ["layer 2", "layer 3"][:checks]
+    # The reference, a step as it would be, and one in which everything is swapped, which its CUDA graph would not.
+    assert ran == [(8, False, True, swap_bytes)] * 2 + [(8, False, False, 0)] * (checks - 1)
+    assert peers is None or peers.swap_bytes == swap_bytes
+    assert check._runner.cudagraph_manager._graphs_captured
 
 
 def test_relative_error():

@@ -24,7 +24,13 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 
 class Peers(Protocol):
-    """Ranks that exchange without a process group's all-to-all."""
+    """Ranks that exchange without a process group's all-to-all.
+
+    Attributes:
+        swap_bytes: blocks of so many bytes and more travel beside the products; infinite where none does.
+    """
+
+    swap_bytes: float
 
     def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """As the function of this module; returns [n*S, columns of q, k and v]."""
@@ -59,6 +65,11 @@ def register_group(group: GroupCoordinator) -> str:
 def use_peers(group: GroupCoordinator, peers: Peers) -> None:
     """Make a group's peers known to the ops of this module."""
     _peers[group] = peers
+
+
+def peers_of(group_name: str) -> Peers | None:
+    """The peers of a group from ``register_group``; None where its process group exchanges."""
+    return _peers.get(_groups[group_name])
 
 
 def _all_to_all(x: torch.Tensor, group_name: str) -> torch.Tensor:

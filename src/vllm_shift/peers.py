@@ -11,6 +11,7 @@ every rank has read what it got by the other before, because its barrier comes a
 next exchange may write there.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ logger = init_logger(f"vllm.{__name__}")
 # Elements that one program copies at a time.
 BLOCK = 2048
 
-# From so many bytes on, a copy beside a product is faster than one before it (benchmarks/exchange_times.py).
+# From so many bytes on, a copy beside a product is faster than one before it (benchmarks/exchange_times.py). Only two
+# ranks swap.
 SWAP_BYTES = 4 * 2**20
 
 
@@ -163,6 +165,7 @@ class PeerMemory(Peers):
     ) -> None:
         self._sp, self._rank, self._item_size = group.world_size, group.rank_in_group, dtype.itemsize
         self._keeps, self._with_heads = keeps, False
+        self.swap_bytes: float = SWAP_BYTES if self._sp == 2 else math.inf
         self._heads = _Buffer(rows * max(sum(qkv_widths(x)) for x in layers), dtype, group)
         self._tokens = _Buffer(rows * max(x.num_heads * x.head_size_v for x in layers), dtype, group)
 
@@ -218,8 +221,8 @@ class PeerMemory(Peers):
         return product.addmm_(received, weights[other].t())
 
     def _swaps(self, rows: int, columns: int) -> bool:
-        """Whether a block of this size is worth a swap; only two ranks can."""
-        return self._sp == 2 and rows * columns * self._item_size >= SWAP_BYTES
+        """Whether a block of this size is worth a swap."""
+        return rows * columns * self._item_size >= self.swap_bytes
 
     def _received_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """``heads_to_tokens`` in memory that the next exchange writes to."""
@@ -258,8 +261,9 @@ def connect(group: GroupCoordinator, layers: Sequence[Attention], rows: int, vll
 def _share_memory(
     group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig
 ) -> str | None:
-    """As ``connect``; returns why it cannot be, the same on all ranks."""
-    custom_all_reduce = getattr(get_tp_group().device_communicator, "ca_comm", None)
+    """As ``connect``; returns why it cannot be, the same on all ranks of all SP groups."""
+    all_ranks = get_tp_group()
+    custom_all_reduce = getattr(all_ranks.device_communicator, "ca_comm", None)
     if custom_all_reduce is None or custom_all_reduce.disabled:
         return "vLLM's custom all-reduce is off"
     if not custom_all_reduce.fully_connected:
@@ -270,13 +274,13 @@ def _share_memory(
     compilation: Any = vllm_config.compilation_config
     # Where attention is compiled together with what follows, Inductor would reuse the memory of its inputs.
     keeps = compilation.splitting_ops_contain_attention() and not compilation.use_inductor_graph_partition
-    problems: list[str | None] = [None] * group.world_size
+    problems: list[str | None] = [None] * all_ranks.world_size
     problem = None
     try:
         peers = PeerMemory(group, layers, rows, vllm_config.model_config.dtype, keeps)
     except RuntimeError as error:
         problem = f"the GPUs cannot share memory ({error})"
-    torch.distributed.all_gather_object(problems, problem, group=group.cpu_group)
+    torch.distributed.all_gather_object(problems, problem, group=all_ranks.cpu_group)
     problem = next((each for each in problems if each is not None), None)
     if problem is None:
         use_peers(group, peers)

@@ -2,11 +2,12 @@
 
 It runs real steps through the stock worker, with the attention kernels, compiled traces and CUDA graphs that serving
 uses. The reference takes steps of at most the threshold, so they run in TP mode, which is stock vLLM; then one larger
-step runs in SP mode over the same KV cache blocks. Both write blocks that were zero and are zero again afterwards, and
-the scheduler never learns of it.
+step runs in SP mode over the same KV cache blocks, and once more if much larger ones would exchange in another way. All
+write blocks that were zero and are zero again afterwards, and the scheduler never learns of it.
 """
 
 import itertools
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
 
+from vllm_shift.exchange import Peers, peers_of
 from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import SlottedQKVParallelLinear
 from vllm_shift.quantized import quantizes_inputs
@@ -186,15 +188,25 @@ class SelfCheck:
         """Between the modes, in the order of the layers; raises where one is too large."""
         threshold = self._switch.max_tp_tokens
         # An engine without a TP mode of its own has no trace and no CUDA graphs of it.
-        with self._mode(threshold or _EVERYTHING, eager=not threshold):
+        with self._mode(threshold or _EVERYTHING, eager=not threshold, graphs=bool(threshold)):
             reference = self._process(lengths, threshold or _EVERYTHING)
             cache = [(place, x.cpu()) for place, x in self._read_cache(lengths)]
-        # Compiled code rounds otherwise than eager code.
-        layers_before = int(not threshold)
-        differences = self._compare(lengths, reference, self._process(lengths, _EVERYTHING), cache, layers_before)
-        first = _agree(next((difference for difference in differences if difference.fails), None))
-        if first is not None:
-            raise RuntimeError(self._explain(first, lengths))
+
+        def check() -> list[Difference]:
+            # Compiled code rounds otherwise than eager code.
+            layers_before = int(not threshold)
+            differences = self._compare(lengths, reference, self._process(lengths, _EVERYTHING), cache, layers_before)
+            first = _agree(next((difference for difference in differences if difference.fails), None))
+            if first is not None:
+                raise RuntimeError(self._explain(first, lengths))
+            return differences
+
+        differences = check()
+        peers = peers_of(self._switch.group_name)
+        if peers is not None and peers.swap_bytes < math.inf:
+            # Graphs of steps of this size have recorded the way without a swap.
+            with self._mode(threshold, eager=False, graphs=False), _swapping_everything(peers):
+                differences += check()
         return differences
 
     @contextmanager
@@ -224,18 +236,18 @@ class SelfCheck:
         ]
 
     @contextmanager
-    def _mode(self, max_tp_tokens: int, eager: bool) -> Iterator[None]:
-        """Another threshold; with ``eager`` also without compiled traces and CUDA graphs."""
+    def _mode(self, max_tp_tokens: int, eager: bool, graphs: bool) -> Iterator[None]:
+        """Another threshold; with ``eager`` without compiled traces, and without CUDA graphs unless ``graphs``."""
         before, self._switch.max_tp_tokens, self._switch.eager = self._switch.max_tp_tokens, max_tp_tokens, eager
         # Both of vLLM's model runners use no graph while this says that there are none.
-        graphs = getattr(self._runner, "cudagraph_manager", None) or self._runner.cudagraph_dispatcher
-        name = "_graphs_captured" if hasattr(graphs, "_graphs_captured") else "keys_initialized"
-        had_graphs = getattr(graphs, name)
-        setattr(graphs, name, had_graphs and not eager)
+        owner = getattr(self._runner, "cudagraph_manager", None) or self._runner.cudagraph_dispatcher
+        name = "_graphs_captured" if hasattr(owner, "_graphs_captured") else "keys_initialized"
+        had_graphs = getattr(owner, name)
+        setattr(owner, name, had_graphs and graphs)
         try:
             yield
         finally:
-            setattr(graphs, name, had_graphs)
+            setattr(owner, name, had_graphs)
             self._switch.max_tp_tokens, self._switch.eager = before, False
 
     def _process(self, lengths: list[int], most_tokens: int) -> torch.Tensor | None:
@@ -445,12 +457,21 @@ class SelfCheck:
         ]
         try:
             for max_tp_tokens in (_EVERYTHING, 0):
-                with self._mode(max_tp_tokens, eager=True):
+                with self._mode(max_tp_tokens, eager=True, graphs=False):
                     self._process(lengths, _EVERYTHING)
         finally:
             for hook in hooks:
                 hook.remove()
         return _agree(next((difference for difference in differences if difference.fails), None))
+
+
+@contextmanager
+def _swapping_everything(peers: Peers) -> Iterator[None]:
+    before, peers.swap_bytes = peers.swap_bytes, 0
+    try:
+        yield
+    finally:
+        peers.swap_bytes = before
 
 
 def _layer(name: str) -> int:
