@@ -50,19 +50,20 @@ class Contender:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def contenders(gpus: int) -> dict[str, Contender]:
-    """What is compared on ``gpus`` GPUs."""
+def contenders(gpus: int, tp: int) -> dict[str, Contender]:
+    """What is compared on ``gpus`` GPUs: TP over all, replicas of TP=``tp`` each, SP over groups of TP=``tp``."""
     stock, ours = {"VLLM_PLUGINS": ""}, {"VLLM_PLUGINS": "shift_parallel"}
     arctic = {"VLLM_PLUGINS": "arctic_inference", "ARCTIC_INFERENCE_ENABLED": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    ulysses = ("--ulysses-sequence-parallel-size", str(gpus))
+    part, parts = ("--tensor-parallel-size", str(tp)), str(gpus // tp)
+    ulysses = (*part, "--ulysses-sequence-parallel-size", parts)
     shift = (*ulysses, "--enable-shift-parallel", "--shift-parallel-threshold")
     return {
         "stock TP": Contender(("--tensor-parallel-size", str(gpus)), stock),
-        "stock DP": Contender(("--data-parallel-size", str(gpus)), stock),
+        "stock DP": Contender((*part, "--data-parallel-size", parts), stock),
         "shift 256": Contender((*shift, "256"), ours),
         "shift auto": Contender((*shift, "auto"), ours),
         # As many tokens a step and rank as with data parallelism, where vLLM's default is 8192 an engine.
-        "shift wide": Contender((*shift, "256", "--max-num-batched-tokens", str(8192 * gpus)), ours),
+        "shift wide": Contender((*shift, "256", "--max-num-batched-tokens", str(8192 * gpus // tp)), ours),
         "shift V1": Contender((*shift, "256"), ours | {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
         "ulysses": Contender(ulysses, ours),
         "arctic": Contender((*shift, "256"), arctic),
@@ -365,8 +366,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--tp", type=int, default=1, help="TP degree of a replica, and of SP mode")
     parser.add_argument("--folder", type=Path, required=True, help="of the results")
-    parser.add_argument("--contenders", nargs="+", choices=contenders(1), help="only these, in this order")
+    parser.add_argument("--contenders", nargs="+", choices=contenders(1, 1), help="only these, in this order")
     parser.add_argument("--only", nargs="+", choices=workloads(1, 1, 1), help="only these workloads")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: smaller workloads, to try it")
     parser.add_argument("--load", type=float, default=1.0, help="factor on requests; smaller for larger models")
@@ -377,8 +379,10 @@ def main() -> None:
     args = parser.parse_args()
     # Where a time limit ends this command, its servers have to end, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if args.gpus % args.tp:
+        parser.error(f"{args.gpus} GPUs cannot be divided into groups of {args.tp}")
     args.folder.mkdir(parents=True, exist_ok=True)
-    everyone = contenders(args.gpus)
+    everyone = contenders(args.gpus, args.tp)
     chosen = {name: everyone[name] for name in args.contenders or everyone}
     model = write_config(SHAPES[args.shape], args.folder, tokenizer=True)
     names = list(chosen)

@@ -52,14 +52,21 @@ class Point:
         if self.quantity == "layer_us":
             rows = -(-self.tokens // self.layout.sp)
             return f"matrix products of a layer, {'512 rows and more' if rows >= 512 else 'fewer than 512 rows'}"
+        without_graph = self.layout.sp == 1 and self.tokens > STOCK_GRAPH_TOKENS
+        if self.quantity == "step_ms":
+            return "step without attention, kernels launched one by one" if without_graph else "step without attention"
         if self.quantity == "prefill_ms":
             size = "2048 tokens and more" if self.tokens >= 2048 else "fewer than 2048 tokens"
-            timed = "two GPUs" if "two GPUs" in self.source else "one rank"
-            if timed == "two GPUs" and self.layout.sp == 1 and STOCK_GRAPH_TOKENS < self.tokens < 2048:
-                return "prefill, two GPUs, kernels launched one by one"
+            timed = "several GPUs" if _is_of_several(self.source) else "one rank"
+            if timed == "several GPUs" and without_graph and self.tokens < 2048:
+                return "prefill, several GPUs, kernels launched one by one"
             return f"prefill, {timed}, {size}"
         return {"decode_ms": "decode", "kv_tokens": "KV cache tokens", "weight_bytes": "weights",
                 "bus_gb_s": "NCCL bus bandwidth"}[self.quantity]  # fmt: skip
+
+
+def _is_of_several(source: str) -> bool:
+    return "two GPUs" in source or "four GPUs" in source
 
 
 def predict(row: dict[str, str], achieved: costs.Achieved) -> float:
@@ -78,7 +85,9 @@ def predict(row: dict[str, str], achieved: costs.Achieved) -> float:
     batch = costs.Batch(requests, 1, DECODE_CACHED) if decode else costs.Batch(requests, tokens // requests)
     step = costs.step_time(model, layout, batch, costs.Cluster(gpu), achieved)
     seconds = step.total if decode else step.gpu
-    if "two GPUs" not in row["source"]:
+    if quantity == "step_ms":
+        return 1e3 * (seconds - step.attention - step.rest)
+    if not _is_of_several(row["source"]):
         # One rank: vLLM saw no other, or collectives were local copies.
         seconds -= step.communication
         if layout.sp > 1:

@@ -29,10 +29,12 @@ WITHIN = {
     "matrix products of a layer, 512 rows and more": 1.15,
     "matrix products of a layer, fewer than 512 rows": 1.35,
     "prefill, one rank, 2048 tokens and more": 1.15,
-    "prefill, two GPUs, 2048 tokens and more": 1.2,
+    "prefill, several GPUs, 2048 tokens and more": 1.2,
     "prefill, one rank, fewer than 2048 tokens": 1.7,
-    "prefill, two GPUs, fewer than 2048 tokens": 1.2,
-    "prefill, two GPUs, kernels launched one by one": 1.8,
+    "prefill, several GPUs, fewer than 2048 tokens": 1.3,
+    "prefill, several GPUs, kernels launched one by one": 2.5,
+    "step without attention": 1.25,
+    "step without attention, kernels launched one by one": 1.8,
     "decode": 1.3,
 }
 
