@@ -28,7 +28,7 @@ test-nightly: setup  ## more layouts of more models
 test-fast: setup  ## the tests that start no engine
 	$(BIN)/python -m pytest -m 'not engine'
 
-support-table: setup  ## rewrite the table of tested architectures in README.md
+support-table: setup  ## rewrite the table of tested architectures in docs/support.md
 	$(BIN)/python tests/support_table.py
 
 lint: setup

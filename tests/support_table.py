@@ -1,4 +1,4 @@
-"""README's table of tested architectures, made from what the tests run. As a script it rewrites README."""
+"""The table of tested architectures in docs/support.md, made from what the tests run. As a script it rewrites it."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import tiny
 from rank_group import CASES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 BEGIN, END = "<!-- support table: make support-table -->\n", "<!-- end of support table -->"
 
 
@@ -27,11 +27,11 @@ def table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def replaced(readme: str) -> str:
-    """README with the table as it should be."""
-    before, rest = readme.split(BEGIN)
+def replaced(page: str) -> str:
+    """The page with the table as it should be."""
+    before, rest = page.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text()))
+    PAGE.write_text(replaced(PAGE.read_text()))

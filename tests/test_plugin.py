@@ -27,6 +27,7 @@ from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.exit_code import ExitCode
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+SUPPORT = support_table.PAGE.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -310,8 +311,8 @@ def test_everything_that_is_refused_is_named_at_once():
     assert len(named) > 10
 
 
-def test_readme_repeats_the_table():
-    lists = README.split("\nOf the model:\n")[1].split("\n## ")[0]
+def test_the_page_repeats_the_table():
+    lists = SUPPORT.split("\nOf the model:\n")[1].split("\n## ")[0]
     # Refused before there is a config to look at.
     listed = set(re.findall("^- (.*)$", lists, re.MULTILINE)) - {
         "a server for each data-parallel replica from one command (`--data-parallel-multi-port-external-lb`)"
@@ -319,8 +320,8 @@ def test_readme_repeats_the_table():
     assert listed == {limit.name for limit in (*limits.MODEL_LIMITS, *limits.UNCHECKED_LIMITS, *limits.ENGINE_LIMITS)}
 
 
-def test_readme_has_the_support_table_of_the_tests():
-    assert support_table.replaced(README) == README
+def test_the_page_has_the_support_table_of_the_tests():
+    assert support_table.replaced(SUPPORT) == SUPPORT
     tested = {support_table.architecture(case.name) for case in CASES}
     assert tested == set(limits.ARCHITECTURES + limits.ARCHITECTURES_OF_TRANSFORMERS)
 

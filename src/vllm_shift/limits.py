@@ -1,6 +1,6 @@
 """What Shift Parallelism does not support, as one table, checked in the process that reads the flags.
 
-README's section "Limits" repeats the names of this table; a test compares them.
+docs/support.md repeats the names of this table; a test compares them.
 """
 
 import math
