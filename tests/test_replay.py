@@ -376,6 +376,7 @@ def test_the_command_from_trace_to_comparison(server, tmp_path, capsys):
     report = reports.load(tmp_path / "a.json")
     assert report["summary"]["completed"] == count == len(server.bodies) / 2
     assert report["settings"]["trace format"] == "jsonl"
+    (tmp_path / "c.json").mkdir()  # which compare does not write
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--output", str(tmp_path / "c")]) == 0
     out = capsys.readouterr().out
     assert f"{report['summary']['output_tokens']:,}" in out

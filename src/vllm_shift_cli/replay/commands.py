@@ -96,7 +96,7 @@ def _replay(args: argparse.Namespace) -> int:
 
     trace_format, requests = read_trace(args.trace)
     plan = schedule(requests, args.speed, args.max_requests)
-    _check_folder(args.output)
+    _check_output(args.output, ".json", ".png", ".html")
     url = args.url.rstrip("/").removesuffix("/v1")
     options = Options(url, args.model, args.seed, args.timeout, os.getenv("OPENAI_API_KEY"), args.interval)
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -153,7 +153,7 @@ def _compare(args: argparse.Namespace) -> int:
     if len(set(names)) < len(names):
         raise CommandError("the same report is given twice")
     reports = {name: load(path) for name, path in zip(names, args.reports, strict=True)}
-    _check_folder(args.output)
+    _check_output(args.output, ".png", ".html")
     _write_pictures("Comparison of replays", reports, args.output)
     console = Console(highlight=False)
     _show(console, reports)
@@ -216,7 +216,7 @@ def _with_suffix(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
-def _check_folder(prefix: Path) -> None:
+def _check_output(prefix: Path, *suffixes: str) -> None:
     """Better now than after an hour of traffic.
 
     Raises:
@@ -224,7 +224,7 @@ def _check_folder(prefix: Path) -> None:
     """
     if not (prefix.parent.is_dir() and os.access(prefix.parent, os.W_OK)):
         raise CommandError(f"--output {prefix}: cannot write in the folder {prefix.parent}")
-    for path in (_with_suffix(prefix, suffix) for suffix in (".json", ".png", ".html")):
+    for path in (_with_suffix(prefix, suffix) for suffix in suffixes):
         if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
             raise CommandError(f"--output {prefix}: cannot write {path}")
 
