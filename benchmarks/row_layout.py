@@ -1,7 +1,8 @@
 """Time of a row-parallel product with three layouts of its weight, on one GPU, in microseconds.
 
-own: the TP shard as a tensor of its own; slice: a slice of each row of the SP group's shards, side by side;
-transposed: the shards one after the other, transposed in memory, as ``vllm_shift.slots`` stores them.
+own: the shards as tensors of their own, which is stock vLLM's layout in TP mode; SP mode then adds S products. slice: a
+slice of each row of the SP group's shards, side by side, stock vLLM's layout in SP mode; transposed: the shards one
+after the other, transposed in memory, as ``vllm_shift.slots`` stores them. Ratios are to stock vLLM's layout.
 """
 
 import argparse
@@ -12,14 +13,18 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# name, outputs, inputs of all shards, shards
+# name, outputs, inputs of the SP group's shards, shards
 WEIGHTS = (
-    ("8B o_proj", 4096, 4096, 2),
-    ("8B down_proj", 4096, 14336, 2),
-    ("32B o_proj", 5120, 8192, 2),
-    ("32B down_proj", 5120, 25600, 2),
-    ("70B o_proj", 8192, 8192, 8),
-    ("70B down_proj", 8192, 28672, 8),
+    ("8B o_proj, SP=2", 4096, 4096, 2),
+    ("8B down_proj, SP=2", 4096, 14336, 2),
+    ("8B o_proj, SP=4", 4096, 4096, 4),
+    ("8B down_proj, SP=4", 4096, 14336, 4),
+    ("32B o_proj, SP=2", 5120, 8192, 2),
+    ("32B down_proj, SP=2", 5120, 25600, 2),
+    ("70B o_proj, SP=2 x TP=2", 8192, 4096, 2),
+    ("70B down_proj, SP=2 x TP=2", 8192, 14336, 2),
+    ("70B o_proj, SP=2 x TP=4", 8192, 2048, 2),
+    ("70B down_proj, SP=2 x TP=4", 8192, 7168, 2),
 )
 COPIES = 4  # rotated, so that the L2 cache does not hold the weight
 CALLS, REPEATS = 20, 15
@@ -48,25 +53,40 @@ def linear_us(x: torch.Tensor, weights: list[torch.Tensor]) -> float:
     return graph_us(lambda i: F.linear(x, weights[i % len(weights)]))
 
 
+def split_us(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]]) -> float:
+    """The sum of one product a shard."""
+
+    def call(i: int) -> torch.Tensor:
+        shards = weights[i % len(weights)]
+        parts = x.split([shard.shape[1] for shard in shards], dim=1)
+        out = F.linear(parts[0], shards[0])
+        for part, shard in zip(parts[1:], shards[1:], strict=True):
+            out.addmm_(part, shard.t())
+        return out
+
+    return graph_us(call)
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, bf16, us")
-    print("| weight | mode | rows | own | slice / own | transposed / own |\n| --- | --- | --- | --- | --- | --- |")
+    print("| weight | mode | rows | stock | own | slice | transposed |\n| --- | --- | --- | --- | --- | --- | --- |")
     for name, out, width, shards in WEIGHTS:
         whole = [torch.randn(out, width, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(COPIES)]
         transposed = [w.t().contiguous().t() for w in whole]
+        own = [tuple(shard.contiguous() for shard in w.chunk(shards, dim=1)) for w in whole]
         shard = width // shards
-        layouts = [[w[:, :shard].contiguous() for w in whole], [w[:, :shard] for w in whole],
-                   [w[:, :shard] for w in transposed]]  # fmt: skip
-        for rows in (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256):
+        for rows in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256):
             x = torch.randn(rows, shard, device="cuda", dtype=torch.bfloat16)
-            own, sliced, turned = (linear_us(x, weights) for weights in layouts)
-            print(f"| {name} | TP | {rows} | {own:.1f} | {sliced / own:.3f} | {turned / own:.3f} |")
-        for rows in itertools.accumulate((512, 512, 1024, 2048)):
+            stock = linear_us(x, [first for first, *_ in own])
+            others = [linear_us(x, [w[:, :shard] for w in weights]) / stock for weights in (whole, transposed)]
+            print(f"| {name} | TP | {rows} | {stock:.1f} | 1 | {others[0]:.3f} | {others[1]:.3f} |", flush=True)
+        for rows in itertools.accumulate((128, 128, 256, 512, 1024, 2048)):
             x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-            own, turned = linear_us(x, whole), linear_us(x, transposed)
-            print(f"| {name} | SP | {rows} | {own:.1f} | | {turned / own:.3f} |")
+            stock = linear_us(x, whole)
+            split, turned = split_us(x, own) / stock, linear_us(x, transposed) / stock
+            print(f"| {name} | SP | {rows} | {stock:.1f} | {split:.3f} | 1 | {turned:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
