@@ -43,7 +43,7 @@ def test_a_check_that_has_no_room_is_announced(caplog_vllm):
     check = object.__new__(SelfCheck)
     check._worker = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8),
-        model_config=SimpleNamespace(max_model_len=512), rank=0,
+        model_config=SimpleNamespace(max_model_len=512, architecture="LlamaForCausalLM"), rank=0,
     )  # fmt: skip
     check._switch = SimpleNamespace(max_tp_tokens=256, dims=SimpleNamespace(sp=2))
     check._runner = SimpleNamespace(kv_cache_config=SimpleNamespace(num_blocks=4))
@@ -52,6 +52,9 @@ def test_a_check_that_has_no_room_is_announced(caplog_vllm):
     assert not check.run()
     assert "no self-check, because no prompts of 257 tokens" in caplog_vllm.text
     caplog_vllm.clear()
+    check._worker.model_config.architecture = "NewForCausalLM"
+    with pytest.raises(RuntimeError, match="NewForCausalLM is not among the tested architectures and needs one"):
+        check.run()
     check._switch.max_tp_tokens = 512  # no step runs in SP mode
     assert not check.run()
     assert not caplog_vllm.text

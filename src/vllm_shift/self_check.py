@@ -2,8 +2,9 @@
 
 It runs real steps through the stock worker, with the attention kernels, compiled traces and CUDA graphs that serving
 uses. The reference takes steps of at most the threshold, so they run in TP mode, which is stock vLLM; then one larger
-step runs in SP mode over the same KV cache blocks, and once more if much larger ones would exchange in another way. All
-write blocks that were zero and are zero again afterwards, and the scheduler never learns of it.
+step runs in SP mode over the same KV cache blocks, and once more, without CUDA graphs, if much larger ones would
+exchange in another way. All write blocks that were zero and are zero again afterwards, and the scheduler never learns
+of it.
 """
 
 import itertools
@@ -33,6 +34,7 @@ from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
 from vllm_shift.exchange import Peers, peers_of
 from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import SlottedQKVParallelLinear
+from vllm_shift.limits import TESTED
 from vllm_shift.quantized import quantizes_inputs
 from vllm_shift.rounding import MOE_SHARE, QUANTIZED_SHARE, allowed_error, relative_error
 from vllm_shift.switch import ModeSwitch
@@ -142,7 +144,8 @@ class SelfCheck:
             False where there was nothing to do, because no step of this engine can run in SP mode, or no room to.
 
         Raises:
-            RuntimeError: the modes differ; names the first layer that does. Raised on every rank.
+            RuntimeError: the modes differ; names the first layer that does. Or there is no room, and the architecture
+                is not among the tested ones. Raised on every rank.
             NotImplementedError: a KV cache of a shape that it does not know; names the layer.
         """
         started = time.monotonic()
@@ -160,13 +163,8 @@ class SelfCheck:
             TOKENS_PER_RANK_QUANTIZED if self._quantizes or self._quantizes_cache else TOKENS_PER_RANK,
         )
         if lengths is None:
-            if self._worker.rank == 0 and scheduler.max_num_batched_tokens > threshold:
-                logger.warning(
-                    "Shift Parallelism: no self-check, because no prompts of %d tokens together fit into the KV cache "
-                    "and into max_num_seqs=%d.",
-                    threshold + 1,
-                    scheduler.max_num_seqs,
-                )
+            if scheduler.max_num_batched_tokens > threshold:
+                self._report_no_room(threshold + 1, scheduler.max_num_seqs)
             return False
         with self._without_kv_connector():
             differences = self._differences(lengths)
@@ -183,6 +181,20 @@ class SelfCheck:
                 worst.allowed,
             )
         return True
+
+    def _report_no_room(self, tokens: int, most_requests: int) -> None:
+        architecture = self._worker.model_config.architecture
+        why = (
+            f"Shift Parallelism: no self-check, because no prompts of {tokens} tokens together fit into the KV cache "
+            f"and into max_num_seqs={most_requests}"
+        )
+        if architecture not in TESTED:
+            raise RuntimeError(
+                f"{why}. {architecture} is not among the tested architectures and needs one: allow more KV cache or "
+                "requests, or set a lower threshold."
+            )
+        if self._worker.rank == 0:
+            logger.warning("%s.", why)
 
     def _differences(self, lengths: list[int]) -> list[Difference]:
         """Between the modes, in the order of the layers; raises where one is too large."""
