@@ -77,7 +77,7 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
     def ways(h: Any, q: Any, k: Any, v: Any, x: Any) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         """What comes before attention, and what comes after it: q, k, v and this rank's tokens or their product."""
         ops, group = torch.ops.vllm_shift, {"sp": args.sp, "group_name": name}
-        peers = group | {"through_peers": True}
+        nccl, peers = (group | {"through_peers": through} for through in (False, True))
         there, back = (torch.compile(part, dynamic=False) for part in (tokens_to_heads, heads_to_tokens))
 
         def made() -> Any:
@@ -91,7 +91,7 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
 
         beside = partial(ops.peers_heads_to_product, x, output, name)
         return {
-            "NCCL": (partial(there, q, k, v, **group), partial(back, x, **group)),
+            "NCCL": (partial(there, q, k, v, **nccl), partial(back, x, **nccl)),
             "peers": (partial(tokens_to_heads, q, k, v, **peers), partial(heads_to_tokens, x, **peers)),
             "between products": (lambda: tokens_to_heads(*made(), **peers), product),
             "second beside": (lambda: tokens_to_heads(*made(), **peers), beside),

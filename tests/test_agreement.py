@@ -10,7 +10,7 @@ from agreement_rank import DIVERGENCES
 from ports import free_ports
 from torch import nn
 
-from vllm_shift.agreement import VARIABLE, is_wanted
+from vllm_shift.agreement import VARIABLE, debug_wanted
 from vllm_shift.failure import describe_failure, describe_step
 
 WORLD = 3
@@ -51,12 +51,12 @@ def test_a_rank_that_diverges_is_reported_by_every_rank(raised, what):
 
 def test_it_is_off_unless_asked_for(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert not is_wanted()
+    assert not debug_wanted()
     monkeypatch.setenv(VARIABLE, "1")
-    assert is_wanted()
+    assert debug_wanted()
     monkeypatch.setenv(VARIABLE, "yes")
     with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
-        is_wanted()
+        debug_wanted()
 
 
 class Layer(nn.Module):
@@ -73,7 +73,7 @@ class Layer(nn.Module):
 def test_a_failed_step_names_mode_and_layer():
     with pytest.raises(RuntimeError) as raised:
         Layer("model", Layer("model.layers.1.mlp.down_proj"))()
-    line = describe_failure(raised.value, describe_step(in_sp=True, num_tokens=90, max_tp_tokens=32))
+    line = describe_failure(raised.value, describe_step(num_tokens=90, max_tp_tokens=32))
     assert line == (
         "A step in SP mode of 90 tokens (threshold 32) failed in model.layers.1.mlp.down_proj: "
         "RuntimeError: connection closed by peer"

@@ -26,12 +26,12 @@ def one_rank(rank: int, sp: int, rows: int, port: int) -> None:
     inputs = [tagged(rank, rows, sp, width) for width in WIDTHS]
     # As in a model: k and v are column slices of one tensor.
     k, v = torch.cat(inputs[1:], dim=-1).split(WIDTHS[1:], dim=-1)
-    exchanged = tokens_to_heads(inputs[0], k, v, sp, name)
+    exchanged = tokens_to_heads(inputs[0], k, v, sp, name, through_peers=False)
     token = torch.arange(sp * rows).view(-1, 1)
     for found, width in zip(exchanged, WIDTHS, strict=True):
         assert torch.equal(found, (token * 10_000 + rank * 100 + torch.arange(width)).float())
-    assert torch.equal(rows_to_heads(torch.cat(inputs, dim=-1), sp, name), torch.cat(exchanged, dim=-1))
-    assert torch.equal(heads_to_tokens(exchanged[0].contiguous(), sp, name), inputs[0])
+    assert torch.equal(rows_to_heads((torch.cat(inputs, dim=-1),), sp, name), torch.cat(exchanged, dim=-1))
+    assert torch.equal(heads_to_tokens(exchanged[0].contiguous(), sp, name, through_peers=False), inputs[0])
     dist.destroy_process_group()
 
 

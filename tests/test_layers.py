@@ -38,7 +38,7 @@ REFUSED = {
     "input_is_parallel=True, reduce_results=False": lambda: linear.RowParallelLinear(
         8, 8, bias=False, reduce_results=False
     ),
-    "extended by LoRA": lambda: VocabParallelEmbedding(68, 8, org_num_embeddings=64),
+    "added embeddings": lambda: VocabParallelEmbedding(68, 8, org_num_embeddings=64),
 }
 
 

@@ -4,6 +4,7 @@ import os
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,7 +12,7 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.reader import get_metrics_snapshot
 
 from vllm_shift import metrics, stats
-from vllm_shift.stats import BUCKETS, StepCounter
+from vllm_shift.stats import BUCKETS, COUNTS, StepCounter
 from vllm_shift.timing import ClockMark
 
 
@@ -57,6 +58,15 @@ def engine():
 
 
 @pytest.fixture(autouse=True)
+def timer(monkeypatch):
+    """Stands for the timer of the log line; what it is started with. A real one would write into other tests' logs."""
+    started = []
+    monkeypatch.setattr(stats, "Timer", lambda seconds, write: started.append(write) or SimpleNamespace(
+        start=lambda: None, cancel=lambda: None, daemon=False))  # fmt: skip
+    return started
+
+
+@pytest.fixture(autouse=True)
 def clean_registry():
     yield
     if metrics._collector is not None:
@@ -75,7 +85,7 @@ STEPS = [(False, 1, 0.25), (False, 2, 0.5), (True, 100, 2.0), (True, 90, 20.0), 
 
 
 def test_steps_tokens_and_mode_changes():
-    counter, device = StepCounter(), Device()
+    counter, device = StepCounter(ClockMark), Device()
     counter.start(32)
     take_steps(counter, device, STEPS)
     assert counter.totals() == {
@@ -90,7 +100,7 @@ def test_steps_tokens_and_mode_changes():
 def test_from_the_worker_to_the_endpoint(engine):
     metrics.publish(engine)
     device = Device()
-    counter = StepCounter(metrics.open_counts(engine), device.mark)
+    counter = StepCounter(device.mark, metrics.open_counts(engine))
     counter.start(32)
     take_steps(counter, device, STEPS)
     found = samples(metrics._collector)
@@ -111,7 +121,7 @@ def test_from_the_worker_to_the_endpoint(engine):
 
 def test_a_threshold_found_at_start_up_is_the_one_shown(engine):
     metrics.publish(engine)
-    counter = StepCounter(metrics.open_counts(engine))
+    counter = StepCounter(ClockMark, metrics.open_counts(engine))
     counter.start(256)
     counter.start(777)
     assert samples(metrics._collector)["vllm:shift_threshold_tokens",] == 777
@@ -120,7 +130,7 @@ def test_a_threshold_found_at_start_up_is_the_one_shown(engine):
 def test_a_device_that_lags_is_not_waited_for_and_times_keep_their_mode(engine):
     metrics.publish(engine)
     device = Device(lag=1.5)
-    counter = StepCounter(metrics.open_counts(engine), device.mark)
+    counter = StepCounter(device.mark, metrics.open_counts(engine))
     counts = ("vllm:shift_step_time_seconds_count", "tp"), ("vllm:shift_step_time_seconds_count", "sp")
     for number in range(8):
         take_steps(counter, device, [(number % 2 == 1, 5, 1.0 + number % 2)])
@@ -142,7 +152,7 @@ def test_the_clock_of_the_cpu_backend():
 
 def test_a_failed_step_is_counted_and_not_timed(engine):
     metrics.publish(engine)
-    counter = StepCounter(metrics.open_counts(engine))
+    counter = StepCounter(ClockMark, metrics.open_counts(engine))
     with pytest.raises(RuntimeError), counter.step(True, 9):
         raise RuntimeError("out of memory")
     found = samples(metrics._collector)
@@ -152,11 +162,11 @@ def test_a_failed_step_is_counted_and_not_timed(engine):
 
 def test_a_second_engine_in_one_process_takes_the_place_of_the_first(engine):
     metrics.publish(engine)
-    StepCounter(metrics.open_counts(engine)).start(1)
+    StepCounter(ClockMark, metrics.open_counts(engine)).start(1)
     second = SimpleNamespace(**vars(engine) | {"instance_id": engine.instance_id + "-2"})
     metrics.publish(second)
     unregister_vllm_metrics()  # as vLLM's own logger does for every engine
-    counter = StepCounter(metrics.open_counts(second))
+    counter = StepCounter(ClockMark, metrics.open_counts(second))
     counter.start(2)
     shown = [metric for metric in get_metrics_snapshot() if metric.name.startswith("vllm:shift")]
     (threshold,) = [metric.value for metric in shown if metric.name == "vllm:shift_threshold_tokens"]
@@ -170,7 +180,7 @@ def test_data_parallel_engines_have_their_own_counts(engine):
     counters = []
     for index in (0, 1):
         engine.parallel_config.data_parallel_index = index
-        counters.append(StepCounter(metrics.open_counts(engine)))
+        counters.append(StepCounter(ClockMark, metrics.open_counts(engine)))
         counters[-1].start(100 + index)
     with counters[1].step(in_sp=True, num_tokens=200):
         pass
@@ -198,7 +208,7 @@ def test_engines_that_this_process_serves(engine, parallel, engines):
     for index in range(4):
         engine.parallel_config.data_parallel_index = index
         if str(index) in engines:
-            StepCounter(metrics.open_counts(engine)).start(1)
+            StepCounter(ClockMark, metrics.open_counts(engine)).start(1)
         else:
             assert metrics.open_counts(engine) is None
     families = {family.name: family.samples for family in metrics._collector.collect()}
@@ -236,7 +246,7 @@ def test_a_registry_that_cannot_show_the_metrics_is_named(engine, monkeypatch, c
 
 def test_the_line_has_what_is_new_since_the_last(caplog_vllm):
     device = Device()
-    counter = StepCounter(mark=device.mark)
+    counter = StepCounter(device.mark, np.zeros(1, COUNTS))
     counter.start(32)
     take_steps(counter, device, STEPS)
     counter._write()
@@ -250,19 +260,16 @@ def test_the_line_has_what_is_new_since_the_last(caplog_vllm):
     ]
 
 
-def test_the_line_comes_only_while_steps_run(monkeypatch, caplog_vllm):
-    started = []
-    monkeypatch.setattr(stats, "Timer", lambda seconds, write: started.append(write) or SimpleNamespace(
-        start=lambda: None, cancel=lambda: None, daemon=False))  # fmt: skip
-    counter = StepCounter(log=True)
+def test_the_line_comes_only_while_steps_run(timer):
+    counter = StepCounter(ClockMark, np.zeros(1, COUNTS))
     take_steps(counter, Device(), STEPS)
-    assert len(started) == 1
-    started[0]()
-    assert len(started) == 1
+    assert len(timer) == 1
+    timer[0]()
+    assert len(timer) == 1
     take_steps(counter, Device(), STEPS)
-    assert len(started) == 2
+    assert len(timer) == 2
     counter.close()
     take_steps(counter, Device(), STEPS)
-    started[1]()
+    timer[1]()
     take_steps(counter, Device(), STEPS)
-    assert len(started) == 2
+    assert len(timer) == 2

@@ -210,9 +210,9 @@ def test_what_would_spoil_memory_is_refused(peers, monkeypatch):
 
 
 def test_traces_of_both_ways_have_caches_of_their_own():
-    compilation = SimpleNamespace(cache_dir="cache")
+    compilation = SimpleNamespace(cache_dir="cache", inductor_compile_config={})
     config = SimpleNamespace(compilation_config=compilation, additional_config={"shift_parallel": {}})
-    twins = [config_of_twin(config, trace, None) for trace in ("sp", "sp-peers")]
+    twins = [config_of_twin(config, through_peers) for through_peers in (False, True)]
     assert len({twin.compilation_config.cache_dir for twin in [config, *twins]}) == 3
     assert len({str(twin.additional_config) for twin in [config, *twins]}) == 3
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 from mutations import MUTATIONS
 from rank_group import self_checks
+from test_exchange import SimpleGroup
 
 from vllm_shift import self_check
+from vllm_shift.dims import ParallelDims
 from vllm_shift.rounding import allowed_error, relative_error
 from vllm_shift.self_check import Difference, SelfCheck, prompt_lengths
+from vllm_shift.switch import ModeSwitch
 
 
 def fits(lengths):
@@ -67,7 +70,7 @@ def test_what_only_large_steps_do_is_checked_too(monkeypatch, swap_bytes, checks
     monkeypatch.setattr(self_check, "peers_of", lambda name: peers)
     monkeypatch.setattr(self_check, "_agree", lambda first: first)
     check, ran = object.__new__(SelfCheck), []
-    check._switch = SimpleNamespace(max_tp_tokens=8, eager=False, group_name="sp")
+    check._switch = ModeSwitch(ParallelDims(2, 1, 0), 8, SimpleGroup(unique_name="sp"), None)
     check._runner = SimpleNamespace(cudagraph_manager=SimpleNamespace(_graphs_captured=True))
     check._read_cache = lambda lengths: []
     check._explain = lambda first, lengths: first.place

@@ -44,14 +44,14 @@ def wait_for(caplog, count):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("in_sp", "mode"), [(True, "SP"), (False, "TP")])
-def test_mode_size_and_layer_are_named_once(in_sp, mode, caplog_vllm):
+@pytest.mark.parametrize(("threshold", "mode"), [(32, "SP"), (64, "TP")])
+def test_mode_size_and_layer_are_named_once(threshold, mode, caplog_vllm):
     released = threading.Event()
     layer = Layer(released)
     with watch() as found:
 
         def run():
-            with found.step(describe_step(in_sp, 64, 32)):
+            with found.step(describe_step(64, threshold)):
                 layer()
 
         step = threading.Thread(target=run)
@@ -61,14 +61,16 @@ def test_mode_size_and_layer_are_named_once(in_sp, mode, caplog_vllm):
         released.set()
         step.join()
     (line,) = caplog_vllm.messages
-    assert line.startswith(f"Rank 3: A step in {mode} mode of 64 tokens (threshold 32) has not ended after 0.4 s")
+    assert line.startswith(
+        f"Rank 3: A step in {mode} mode of 64 tokens (threshold {threshold}) has not ended after 0.4 s"
+    )
     assert "it is in model.layers.1.mlp.down_proj (Condition.wait)." in line
     assert "vLLM gives up after 0.5 s (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)" in line
 
 
 def test_a_step_whose_device_does_not_come_to_its_end(caplog_vllm):
     with watch(BusyDevice) as found:
-        with found.step(describe_step(True, 64, 32)):
+        with found.step(describe_step(64, 32)):
             pass
         wait_for(caplog_vllm, 1)
     assert "it is on the device, after the call that launched it" in caplog_vllm.text
@@ -76,10 +78,10 @@ def test_a_step_whose_device_does_not_come_to_its_end(caplog_vllm):
 
 def test_nothing_is_said_of_steps_that_end_or_fail(caplog_vllm):
     with watch() as found:
-        with found.step(describe_step(True, 64, 32)):
+        with found.step(describe_step(64, 32)):
             pass
         time.sleep(2 * LIMIT)
-        with pytest.raises(ZeroDivisionError), found.step(describe_step(True, 64, 32)):
+        with pytest.raises(ZeroDivisionError), found.step(describe_step(64, 32)):
             raise ZeroDivisionError
         time.sleep(2 * LIMIT)
     assert caplog_vllm.messages == []
@@ -94,9 +96,9 @@ class BrokenDevice(ClockMark):
 def test_whether_the_device_ends(mark, ends):
     with watch(mark) as found:
         assert found.device_ends_within(0.05)  # no step has run
-        with contextlib.suppress(ZeroDivisionError), found.step(describe_step(True, 64, 32)):
+        with contextlib.suppress(ZeroDivisionError), found.step(describe_step(64, 32)):
             raise ZeroDivisionError
         assert found.device_ends_within(0.05) == ends
-        with found.step(describe_step(True, 64, 32)):
+        with found.step(describe_step(64, 32)):
             pass
         assert found.device_ends_within(0.05) == ends

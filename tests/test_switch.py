@@ -238,27 +238,27 @@ def test_graph_sizes_respect_the_user_and_the_token_budget():
 
 @pytest.fixture
 def twins(monkeypatch):
-    """What happens to the compiled twins: the trace they are made for, in and out."""
+    """What happens to the compiled twins: whether they exchange through peers, in and out."""
     events = []
     swaps = SimpleNamespace(swap_in=lambda: events.append("in"), swap_out=lambda: events.append("out"))
     monkeypatch.setattr(
-        switch_module, "CompiledTwins", lambda model, config, trace, graph_pass: events.append(trace) or swaps
+        switch_module, "CompiledTwins", lambda model, config, through_peers: events.append(through_peers) or swaps
     )
     return events
 
 
 def test_twins_run_in_sp_mode_only_and_not_eagerly(make, twins):
     switch, model = make(2, 0, 4)
-    assert twins == ["sp"]
+    assert twins == [False]
     step(model, 4)
-    assert twins == ["sp"]
+    assert twins == [False]
     step(model, 5)
-    assert twins == ["sp", "in", "out"]
+    assert twins == [False, "in", "out"]
     assert not model.calls[-1][2]  # their trace is that of SP mode
     model.fails = True
     with pytest.raises(RuntimeError):
         step(model, 5)
-    assert twins == ["sp", "in", "out", "in", "out"]
+    assert twins == [False, "in", "out", "in", "out"]
     model.fails, switch.eager = False, True
     for num_tokens in (4, 5):
         step(model, num_tokens)
@@ -301,8 +301,8 @@ def test_attention_that_sp_mode_does_not_know_is_refused(make):
         switch.attach(model, VLLM_CONFIG)
 
 
-@pytest.mark.parametrize(("through_peers", "trace"), [(True, "sp-peers"), (False, "sp")])
-def test_gpus_connect_for_the_rows_of_the_largest_step(make, twins, monkeypatch, through_peers, trace):
+@pytest.mark.parametrize("through_peers", [True, False])
+def test_gpus_connect_for_the_rows_of_the_largest_step(make, twins, monkeypatch, through_peers):
     switch, _ = make(2, 0, 4)
     asked = []
 
@@ -316,4 +316,4 @@ def test_gpus_connect_for_the_rows_of_the_largest_step(make, twins, monkeypatch,
     switch.attach(Model(), SimpleNamespace(**vars(VLLM_CONFIG) | {"scheduler_config": largest}))
     assert asked == [(1, 66)]
     assert switch.through_peers is through_peers
-    assert twins[-1] == trace
+    assert twins[-1] is through_peers

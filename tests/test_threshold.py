@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_exchange import SimpleGroup
 from torch import nn
 from vllm.config import CUDAGraphMode
 
 from vllm_shift import calibrate, threshold
+from vllm_shift.dims import ParallelDims
+from vllm_shift.switch import ModeSwitch
 from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold, fit_to_graphs
 
 MOST = 8192
@@ -154,7 +157,7 @@ class Positions(nn.Module):
 
 
 def test_each_mode_is_timed_in_steps_of_its_own(monkeypatch):
-    switch, model = SimpleNamespace(max_tp_tokens=5), Positions()
+    switch, model = ModeSwitch(ParallelDims(2, 1, 0), 5, SimpleGroup(unique_name="sp"), None), Positions()
     runner = SimpleNamespace(device="cpu", get_model=lambda: model)
     # vLLM's model runners pad.
     runner._dummy_run = lambda count, cudagraph_runtime_mode: model(positions=torch.zeros(count + 3))
@@ -162,6 +165,7 @@ def test_each_mode_is_timed_in_steps_of_its_own(monkeypatch):
     monkeypatch.setattr(calibrate, "set_forward_context", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(calibrate, "_time", lambda run, graphed, device: 1.0 if switch.max_tp_tokens >= 16 else 2.0)
     assert calibrate._time_step(13, runner, switch, config) == StepTimes(16, tp_ms=1.0, sp_ms=2.0)
+    assert switch.max_tp_tokens == 5
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 1, "times": []}', '{"key"', "null"])

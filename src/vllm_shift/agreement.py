@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 VARIABLE = "VLLM_SHIFT_DEBUG"
 
 
-def is_wanted() -> bool:
+def debug_wanted() -> bool:
     """Whether the environment asks for the comparison.
 
     Raises:

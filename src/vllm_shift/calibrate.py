@@ -10,7 +10,6 @@ from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import get_world_group, graph_capture
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from vllm_shift.switch import ModeSwitch
 from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold
@@ -23,7 +22,7 @@ REPEATS = 5
 def calibrate(model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> int:
     """Find the threshold of this engine, on every rank at the same time.
 
-    Times come from the cache where an engine like this one has run before. The switch is left in any state.
+    Times come from the cache where an engine like this one has run before.
 
     Returns:
         The threshold in tokens, the same on every rank.
@@ -87,21 +86,17 @@ def _time_step(num_tokens: int, model_runner: Any, switch: ModeSwitch, vllm_conf
             model(**inputs)
 
     milliseconds = []
-    for switch.max_tp_tokens in (given, given - 1):
-        run()
-        milliseconds.append(_time(run, _is_graphed(given, vllm_config), model_runner.device))
+    for max_tp_tokens in (given, given - 1):  # TP mode, then SP mode
+        with switch.threshold(max_tp_tokens):
+            run()
+            milliseconds.append(_time(run, _is_graphed(given, vllm_config), model_runner.device))
     return StepTimes(given, *milliseconds)
 
 
 def _is_graphed(num_tokens: int, vllm_config: Any) -> bool:
     compilation = vllm_config.compilation_config
-    graphs = current_platform.is_cuda() and compilation.cudagraph_mode != CUDAGraphMode.NONE
+    graphs = compilation.cudagraph_mode != CUDAGraphMode.NONE
     return bool(graphs and num_tokens <= (compilation.max_cudagraph_capture_size or 0))
-
-
-def _synchronize() -> None:
-    if current_platform.is_cuda():
-        torch.cuda.synchronize()
 
 
 def _time(run: Callable[[], None], graphed: bool, device: torch.device) -> float:
@@ -112,11 +107,12 @@ def _time(run: Callable[[], None], graphed: bool, device: torch.device) -> float
             run()
         run = graph.replay
     run()
+    synchronize = torch.get_device_module(device).synchronize
     times = []
     for _ in range(REPEATS):
-        _synchronize()
+        synchronize()
         begin = time.perf_counter()
         run()
-        _synchronize()
+        synchronize()
         times.append(1e3 * (time.perf_counter() - begin))
     return statistics.median(times)

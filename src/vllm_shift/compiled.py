@@ -10,13 +10,13 @@ import os
 from typing import Any
 
 from torch import nn
-from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_shift.config import CONFIG_KEY
+from vllm_shift.overlap import OverlapPass
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -27,20 +27,19 @@ class CompiledTwins:
     Args:
         model: the model, not yet compiled: its first run must come later.
         vllm_config: the engine's config.
-        trace: a name of what they trace, for vLLM's compile cache.
-        graph_pass: changes the graphs of that trace.
+        through_peers: how ranks exchange, which is a part of what is traced.
 
     Raises:
         NotImplementedError: vLLM compiles the model as a whole, so that its hooks do not run.
     """
 
-    def __init__(self, model: nn.Module, vllm_config: VllmConfig, trace: str, graph_pass: InductorPass | None) -> None:
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, through_peers: bool) -> None:
         self._swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
             return
         if isinstance(model, TorchCompileWithNoGuardsWrapper):
             raise NotImplementedError(f"{type(model).__name__} is compiled as a whole; SP mode has no way in")
-        sp_config = config_of_twin(vllm_config, trace, graph_pass)
+        sp_config = config_of_twin(vllm_config, through_peers)
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if not isinstance(child, TorchCompileWithNoGuardsWrapper) or child.do_not_compile:
@@ -63,21 +62,21 @@ class CompiledTwins:
             setattr(parent, name, stock)
 
 
-def config_of_twin(vllm_config: VllmConfig, trace: str, graph_pass: InductorPass | None) -> Any:
-    """A config that vLLM's compile cache tells from the engine's own, and from that of another trace."""
+def config_of_twin(vllm_config: VllmConfig, through_peers: bool) -> Any:
+    """A config that vLLM's compile cache tells from the engine's own, and from that of the other way to exchange."""
+    trace = "sp-peers" if through_peers else "sp"
     config = copy.copy(vllm_config)
     config.compilation_config = compilation = copy.copy(vllm_config.compilation_config)
     if compilation.cache_dir:
         # A directory of the user's own takes the place of vLLM's, which the hash of the config names.
         compilation.cache_dir = os.path.join(compilation.cache_dir, trace)
-    if graph_pass is not None:
+    if through_peers:
         # vLLM has one place for it, where a pass of the user's own stays.
-        passes = {current_platform.pass_key: graph_pass}
+        passes = {current_platform.pass_key: OverlapPass()}
         if passes.keys() & compilation.inductor_compile_config.keys():
             logger.warning(
-                "Shift Parallelism: a pass of your own in inductor_compile_config is in the place of %s, so SP mode "
-                "will be slower.",
-                type(graph_pass).__name__,
+                "Shift Parallelism: a pass of your own in inductor_compile_config is in the place of OverlapPass, so "
+                "SP mode will be slower."
             )
         compilation.inductor_compile_config = passes | compilation.inductor_compile_config
     settings = vllm_config.additional_config

@@ -7,13 +7,14 @@ Both directions keep the number of rows. With S ranks in the SP group and n rows
 - the *head* view [n*S, w] is what attention sees: row r*n + i is token i of SP rank r, this rank's head block.
   Its first N rows are the N tokens of the step, in order.
 
-Where GPUs reach each other's memory, ``peers.py`` does it all, in one custom op. Elsewhere the all-to-all alone is one,
-and what goes before and after it is plain PyTorch, of which Inductor makes one kernel. Custom ops are opaque to a
-compiler and recorded by CUDA graphs.
+Where GPUs reach each other's memory, the custom ops ``peers_*`` do it all (``peers.py``). Elsewhere the all-to-all
+alone is one, and what goes before and after it is plain PyTorch, of which Inductor makes one kernel. Custom ops are
+opaque to a compiler and recorded by CUDA graphs.
 Method: DeepSpeed-Ulysses (arXiv 2309.14509), section 3.1.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -22,32 +23,13 @@ from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import direct_register_custom_op
 
-
-class Peers(Protocol):
-    """Ranks that exchange without a process group's all-to-all.
-
-    Attributes:
-        swap_bytes: blocks of so many bytes and more travel beside the products; infinite where none does.
-    """
-
-    swap_bytes: float
-
-    def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """As the function of this module; returns [n*S, columns of q, k and v]."""
-
-    def product_to_heads(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x`` [n, in] times ``weight`` [S * columns, in], then ``rows_to_heads``; returns [n*S, columns]."""
-
-    def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """As the function of this module."""
-
-    def heads_to_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``heads_to_tokens``, then times ``weight`` [out, S * columns of ``x``]; returns [n, out]."""
+if TYPE_CHECKING:  # it needs Triton, which the CPU backend does not have
+    from vllm_shift.peers import PeerMemory
 
 
 # Custom ops take no objects, so a group travels by its name, as in vllm/distributed/parallel_state.py.
 _groups: WeakValueDictionary[str, GroupCoordinator] = WeakValueDictionary()
-_peers: WeakKeyDictionary[GroupCoordinator, Peers] = WeakKeyDictionary()
+_peers: "WeakKeyDictionary[GroupCoordinator, PeerMemory]" = WeakKeyDictionary()
 
 
 def qkv_widths(layer: Attention) -> tuple[int, int, int]:
@@ -57,17 +39,17 @@ def qkv_widths(layer: Attention) -> tuple[int, int, int]:
 
 
 def register_group(group: GroupCoordinator) -> str:
-    """Make a group known to the op of this module; returns the name to pass."""
+    """Make a group known to the ops of this module; returns the name to pass."""
     _groups[group.unique_name] = group
     return str(group.unique_name)
 
 
-def use_peers(group: GroupCoordinator, peers: Peers) -> None:
+def use_peers(group: GroupCoordinator, peers: "PeerMemory") -> None:
     """Make a group's peers known to the ops of this module."""
     _peers[group] = peers
 
 
-def peers_of(group_name: str) -> Peers | None:
+def peers_of(group_name: str) -> "PeerMemory | None":
     """The peers of a group from ``register_group``; None where its process group exchanges."""
     return _peers.get(_groups[group_name])
 
@@ -133,7 +115,7 @@ direct_register_custom_op(
 
 
 def tokens_to_heads(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sp: int, group_name: str, through_peers: bool = False
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sp: int, group_name: str, through_peers: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Before attention: q, k, v from the folded view to the head view, in one exchange.
 
@@ -151,21 +133,20 @@ def tokens_to_heads(
     if through_peers:
         received = torch.ops.vllm_shift.peers_tokens_to_heads(q, k, v, group_name)
     else:
-        blocks = [x.view(-1, sp, x.shape[-1]).transpose(0, 1) for x in (q, k, v)]
-        send = torch.cat(blocks, dim=-1).contiguous()
-        received = torch.ops.vllm_shift.all_to_all(send, group_name).view(-1, send.shape[-1])
+        received = rows_to_heads((q, k, v), sp, group_name)
     q, k, v = received.split([x.shape[-1] for x in (q, k, v)], dim=-1)
     return q, k, v
 
 
-def rows_to_heads(x: torch.Tensor, sp: int, group_name: str) -> torch.Tensor:
-    """What q, k and v will be made of, [n*S, columns], from the folded view to the head view; same shape and dtype."""
-    send = x.view(-1, sp, x.shape[-1]).transpose(0, 1).contiguous()
-    received: torch.Tensor = torch.ops.vllm_shift.all_to_all(send, group_name).view(x.shape)
+def rows_to_heads(rows: Sequence[torch.Tensor], sp: int, group_name: str) -> torch.Tensor:
+    """Tensors [n*S, ...] from the folded view to the head view, side by side: [n*S, all columns]."""
+    blocks = [x.view(-1, sp, x.shape[-1]).transpose(0, 1) for x in rows]
+    send = torch.cat(blocks, dim=-1).contiguous()
+    received: torch.Tensor = torch.ops.vllm_shift.all_to_all(send, group_name).view(-1, send.shape[-1])
     return received
 
 
-def heads_to_tokens(x: torch.Tensor, sp: int, group_name: str, through_peers: bool = False) -> torch.Tensor:
+def heads_to_tokens(x: torch.Tensor, sp: int, group_name: str, through_peers: bool) -> torch.Tensor:
     """After attention: [n*S, heads * head size] from the head view back to the folded view, same shape and dtype."""
     folded: torch.Tensor
     if through_peers:

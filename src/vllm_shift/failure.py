@@ -5,15 +5,10 @@ from types import FrameType, TracebackType
 from torch import nn
 
 
-def describe_step(in_sp: bool, num_tokens: int, max_tp_tokens: int) -> str:
-    """Name of a step for the log.
-
-    Args:
-        in_sp: whether the step runs in SP mode.
-        num_tokens: tokens of the step.
-        max_tp_tokens: the threshold.
-    """
-    return f"A step in {'SP' if in_sp else 'TP'} mode of {num_tokens} tokens (threshold {max_tp_tokens})"
+def describe_step(num_tokens: int, max_tp_tokens: int) -> str:
+    """Name of a step for the log, from its tokens and the threshold."""
+    mode = "SP" if num_tokens > max_tp_tokens else "TP"
+    return f"A step in {mode} mode of {num_tokens} tokens (threshold {max_tp_tokens})"
 
 
 def describe_failure(error: BaseException, step: str) -> str:
@@ -34,10 +29,10 @@ def innermost_layer(traceback: TracebackType | None) -> str | None:
 
 def layer_of(frame: FrameType) -> str | None:
     """Name of the layer that a frame belongs to."""
-    found = None
-    # A module's own methods have it as `self`, the hooks of ModeSwitch as `layer`.
-    for module in (frame.f_locals.get("self"), frame.f_locals.get("layer")):
+    # The hooks of ModeSwitch have the module as `layer`, its own methods as `self`.
+    for module in (frame.f_locals.get("layer"), frame.f_locals.get("self")):
         if isinstance(module, nn.Module):
             name = vars(module).get("layer_name") or vars(module).get("prefix")
-            found = name if isinstance(name, str) and name else found
-    return found
+            if isinstance(name, str) and name:
+                return name
+    return None

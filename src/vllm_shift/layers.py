@@ -91,7 +91,11 @@ class Slotted:
 
 
 class SlottedLinear(Slotted, LinearBase):
-    """What the linear layers share: slots, and the plain matrix product on all of them."""
+    """What the linear layers share: slots, and the plain matrix product on all of them.
+
+    Raises:
+        NotImplementedError: a quantization method that is not known to work, or shards that do not join.
+    """
 
     quant_method: Any
     weight_slots: Slots
@@ -151,8 +155,11 @@ class SlottedLinear(Slotted, LinearBase):
         return out
 
 
-class _SlottedColumn(SlottedLinear, ColumnParallelLinear):
-    """Column-parallel: [n, in] -> folded [n*S, out/P]. Slots of the weight: [S*out/P, in], of the bias: [S*out/P]."""
+class SlottedColumnParallelLinear(SlottedLinear, ColumnParallelLinear):
+    """``ColumnParallelLinear`` with slots: [n, in] -> folded [n*S, out/P].
+
+    Slots of the weight: [S*out/P, in], of the bias: [S*out/P].
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -180,15 +187,11 @@ class _SlottedColumn(SlottedLinear, ColumnParallelLinear):
         return out.view(*out.shape[:-2], -1, out.shape[-1] // self.switch.dims.sp)
 
 
-class SlottedColumnParallelLinear(_SlottedColumn, ColumnParallelLinear):
-    """``ColumnParallelLinear`` with slots."""
-
-
-class SlottedMergedColumnParallelLinear(_SlottedColumn, MergedColumnParallelLinear):
+class SlottedMergedColumnParallelLinear(SlottedColumnParallelLinear, MergedColumnParallelLinear):
     """``MergedColumnParallelLinear`` with slots, each of them all outputs of one TP=P shard."""
 
 
-class SlottedQKVParallelLinear(_SlottedColumn, QKVParallelLinear):
+class SlottedQKVParallelLinear(SlottedColumnParallelLinear, QKVParallelLinear):
     """``QKVParallelLinear`` with slots, each of them the q, k and v heads of one TP=P shard.
 
     In the folded view, or with ``switch.early`` in the head view: of all tokens, this rank's heads.
@@ -199,7 +202,7 @@ class SlottedQKVParallelLinear(_SlottedColumn, QKVParallelLinear):
         if not switch.early:
             return super()._rows(input_)
         if not switch.through_peers:
-            return rows_to_heads(super()._rows(input_), switch.dims.sp, switch.group_name)
+            return rows_to_heads((super()._rows(input_),), switch.dims.sp, switch.group_name)
         heads: torch.Tensor = torch.ops.vllm_shift.peers_product_to_heads(
             input_, self.weight_slots.whole, self._whole_bias(), switch.group_name
         )
@@ -258,7 +261,7 @@ class SlottedVocabParallelEmbedding(Slotted, VocabParallelEmbedding):
     """``VocabParallelEmbedding`` with slots [S*vocab/P, hidden]: a rank looks up its own tokens by itself.
 
     Raises:
-        NotImplementedError: a vocabulary extended by LoRA, or a quantized table.
+        NotImplementedError: added embeddings, or a quantized table.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -266,7 +269,7 @@ class SlottedVocabParallelEmbedding(Slotted, VocabParallelEmbedding):
         assert _switch is not None
         self.switch = _switch
         if self.num_added_embeddings:
-            raise NotImplementedError("a vocabulary extended by LoRA is not supported in SP mode")
+            raise NotImplementedError("added embeddings are not supported in SP mode")
         if type(self.quant_method) is not UnquantizedEmbeddingMethod:
             raise NotImplementedError("a quantized embedding is not supported in SP mode")
         self.weight_slots = Slots(self.weight, 0, self.switch.dims, self._impersonate)
@@ -329,7 +332,9 @@ def why_not_early(model: nn.Module) -> str | None:
         if not attention or module in inside:
             continue
         found = True
-        made: list[Any] = [child for child in module.modules() if isinstance(child, _SlottedColumn) and child.shifts]
+        made: list[Any] = [
+            child for child in module.modules() if isinstance(child, SlottedColumnParallelLinear) and child.shifts
+        ]
         if len(attention) != 1 or [type(layer) for layer in made] != [SlottedQKVParallelLinear]:
             return f"{name} does not make q, k and v in one layer"
         if made[0].output_size_per_partition != sum(qkv_widths(attention[0])):

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm import envs
 from vllm.config import CompilationMode
+from vllm.utils.math_utils import round_up
 
 from vllm_shift.config import CONFIG_KEY
 
@@ -75,7 +76,8 @@ class Limit:
 
     Attributes:
         name: what it is, in the words of vLLM's documentation.
-        found: given the ``VllmConfig``, the value that asks for it, or something false.
+        found: given vLLM's config (of the model in the tables of models, else of the engine), the value that asks for
+            it, or something false.
         instead: what would work.
     """
 
@@ -94,10 +96,6 @@ def _above_one(name: str) -> Callable[[Any], Any]:
 
 def _not_in(value: Any, allowed: tuple[str, ...]) -> Any:
     return None if str(value) in allowed else value
-
-
-def _on_cuda(found: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda config: config.device_config.device_type == "cuda" and found(config)
 
 
 def _compiles_by_itself(config: Any) -> bool:
@@ -177,7 +175,7 @@ ENGINE_LIMITS = (
     ),
     Limit(
         "pipeline parallelism on CUDA",
-        _on_cuda(_above_one("pipeline_parallel_size")),
+        lambda config: config.device_config.device_type == "cuda" and _above_one("pipeline_parallel_size")(config),
         "tried on the CPU backend only; set --pipeline-parallel-size 1",
     ),
     Limit(
@@ -348,7 +346,7 @@ def check_model_shape(model: Any, world_size: int) -> None:
     text = model.hf_text_config
     heads, kv_heads = text.num_attention_heads, model.get_total_num_kv_heads()
     # vLLM pads the vocabulary to a multiple of 64 before it shards it.
-    vocabulary = -(-text.vocab_size // 64) * 64
+    vocabulary = round_up(text.vocab_size, 64)
     sizes = {"attention heads": heads, "padded vocabulary": vocabulary}
     if intermediate := getattr(text, "intermediate_size", None):
         # Some models have one for each layer, and ranks have to divide them all.

@@ -89,8 +89,6 @@ class OwnTokens:
 class _OwnTokensLayer(BaseLayerWithLoRA):
     """One of vLLM's LoRA layers whose weights are the same on all ranks, on this rank's tokens in SP mode."""
 
-    base_layer: Any
-
     @property
     def punica_wrapper(self) -> Any:
         """Of the tokens of the mode that runs."""
@@ -99,8 +97,6 @@ class _OwnTokensLayer(BaseLayerWithLoRA):
 
 class _SlottedLayer(BaseLayerWithLoRA):
     """One of vLLM's LoRA layers around a layer with slots."""
-
-    base_layer: Any
 
     def forward(self, input_: torch.Tensor) -> Any:
         """In SP mode the layer itself, which adds the adapters; else vLLM's own forward."""

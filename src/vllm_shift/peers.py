@@ -25,7 +25,7 @@ from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_shift.exchange import Peers, qkv_widths, use_peers
+from vllm_shift.exchange import qkv_widths, use_peers
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -146,7 +146,7 @@ class _Buffer:
         return result, self._memory[: x.numel()].view(x.shape)
 
 
-class PeerMemory(Peers):
+class PeerMemory:
     """Both directions of the exchange.
 
     Args:
@@ -155,6 +155,9 @@ class PeerMemory(Peers):
         rows: most rows of the folded view, n*S.
         dtype: of the activations.
         keeps: whether what ``tokens_to_heads`` returns is left alone until the next exchange.
+
+    Attributes:
+        swap_bytes: blocks of so many bytes and more travel beside products; infinite where none does.
 
     Raises:
         RuntimeError: the GPUs cannot share memory; later, the two directions did not take turns.

@@ -6,6 +6,7 @@ are loaded into slots (``slots.py``), as without quantization; vLLM's method the
 weight came out as a dense slice of the whole, it becomes a view of it; otherwise both are kept, and the log says so.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -173,7 +174,8 @@ class TwoModeMethod(LinearMethodBase):
 
     def _make_slots(self, param: Any, dim: int, impersonate: Impersonate) -> Slots:
         if param.is_meta:
-            param.weight_loader = _without_wrapper(param.weight_loader)
+            # Without what initialize_online_processing has put around it.
+            param.weight_loader = inspect.unwrap(param.weight_loader)
             return OnlineSlots(param, dim, self._dims, impersonate)
         initial = param.data
         slots = Slots(param, dim, self._dims, impersonate)
@@ -206,7 +208,7 @@ class TwoModeMethod(LinearMethodBase):
             # Methods change what they are given.
             self._whole.fill(name, data.clone(memory_format=torch.contiguous_format))
             loaded += 0 if name == "bias" else param.nbytes
-        del slots, data
+        del slots, data  # whose memory the methods may need for what they make
         self._whole.method.process_weights_after_loading(self._whole)
         self._stock.process_weights_after_loading(layer)
         shared = share(layer, self._whole, self._dims, isinstance(self._stock, Fp8PerTensorOnlineLinearMethod))
@@ -214,7 +216,7 @@ class TwoModeMethod(LinearMethodBase):
         layer.whole, layer.quant_method = self._whole, self._stock
 
 
-def share(layer: Any, whole: Any, dims: ParallelDims, is_scale_free: bool) -> bool:
+def share(layer: Any, whole: Any, dims: ParallelDims, has_own_scales: bool) -> bool:
     """Make processed TP=P weights views of the whole's, where they are dense slices of it.
 
     Only weights: scales are small, and some kernels keep pointers to them.
@@ -223,7 +225,7 @@ def share(layer: Any, whole: Any, dims: ParallelDims, is_scale_free: bool) -> bo
         layer: with TP=P's parameters.
         whole: with TP=T's.
         dims: the rank's place.
-        is_scale_free: the weights were quantized here, with one scale each, so TP=P can take over TP=T's.
+        has_own_scales: the weights were quantized here, with one scale each, so TP=P can take over TP=T's.
 
     Returns:
         Whether there was anything to share.
@@ -239,7 +241,7 @@ def share(layer: Any, whole: Any, dims: ParallelDims, is_scale_free: bool) -> bo
         part = of_whole.data.narrow(dim, dims.sp_rank * param.shape[dim], param.shape[dim])
         if part.shape != param.shape or part.stride() != param.stride():
             continue
-        if is_scale_free and param.is_floating_point():
+        if has_own_scales and param.is_floating_point():
             layer.weight_scale.data.copy_(whole.weight_scale.data)
         elif not torch.equal(_bits(part), _bits(param.data)):
             continue
@@ -250,13 +252,6 @@ def share(layer: Any, whole: Any, dims: ParallelDims, is_scale_free: bool) -> bo
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.uint8) if x.itemsize == 1 else x
-
-
-def _without_wrapper(loader: Any) -> Any:
-    """A weight loader without what ``initialize_online_processing`` has put around it."""
-    while hasattr(loader, "__wrapped__"):
-        loader = loader.__wrapped__
-    return loader
 
 
 def _move_to_meta(layer: nn.Module, name: str) -> None:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,13 +31,16 @@ from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
 
-from vllm_shift.exchange import Peers, peers_of
+from vllm_shift.exchange import peers_of
 from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import SlottedQKVParallelLinear
 from vllm_shift.limits import TESTED
 from vllm_shift.quantized import quantizes_inputs
 from vllm_shift.rounding import MOE_SHARE, QUANTIZED_SHARE, allowed_error, relative_error
 from vllm_shift.switch import ModeSwitch
+
+if TYPE_CHECKING:
+    from vllm_shift.peers import PeerMemory
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -250,17 +253,18 @@ class SelfCheck:
     @contextmanager
     def _mode(self, max_tp_tokens: int, eager: bool, graphs: bool) -> Iterator[None]:
         """Another threshold; with ``eager`` without compiled traces, and without CUDA graphs unless ``graphs``."""
-        before, self._switch.max_tp_tokens, self._switch.eager = self._switch.max_tp_tokens, max_tp_tokens, eager
         # Both of vLLM's model runners use no graph while this says that there are none.
         owner = getattr(self._runner, "cudagraph_manager", None) or self._runner.cudagraph_dispatcher
         name = "_graphs_captured" if hasattr(owner, "_graphs_captured") else "keys_initialized"
         had_graphs = getattr(owner, name)
+        self._switch.eager = eager
         setattr(owner, name, had_graphs and graphs)
         try:
-            yield
+            with self._switch.threshold(max_tp_tokens):
+                yield
         finally:
             setattr(owner, name, had_graphs)
-            self._switch.max_tp_tokens, self._switch.eager = before, False
+            self._switch.eager = False
 
     def _process(self, lengths: list[int], most_tokens: int) -> torch.Tensor | None:
         """Run the prompts, their blocks zero before, in steps of up to ``most_tokens`` tokens.
@@ -478,7 +482,7 @@ class SelfCheck:
 
 
 @contextmanager
-def _swapping_everything(peers: Peers) -> Iterator[None]:
+def _swapping_everything(peers: "PeerMemory") -> Iterator[None]:
     before, peers.swap_bytes = peers.swap_bytes, 0
     try:
         yield

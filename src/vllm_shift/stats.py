@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vllm import envs
 from vllm.logger import init_logger
 
-from vllm_shift.timing import ClockMark, Mark
+from vllm_shift.timing import Mark
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -49,20 +49,16 @@ class StepCounter:
     """Counts steps, tokens and mode changes, and sorts step times into buckets.
 
     Args:
-        counts: one ``COUNTS`` record, shape [1], to count in; by default one of its own.
-        mark: makes a mark of time; None for counts without times.
-        log: write a line every ``VLLM_LOG_STATS_INTERVAL`` seconds (vLLM's own, default 10) in which steps ran.
+        mark: makes a mark of time.
+        counts: the ``COUNTS`` record, shape [1], that ``/metrics`` reads. With it steps are timed, and logged every
+            ``VLLM_LOG_STATS_INTERVAL`` seconds (vLLM's own, default 10) in which some ran; without, only counted.
     """
 
-    def __init__(
-        self,
-        counts: NDArray[np.void] | None = None,
-        mark: Callable[[], Mark] | None = ClockMark,
-        log: bool = False,
-    ) -> None:
+    def __init__(self, mark: Callable[[], Mark], counts: NDArray[np.void] | None = None) -> None:
         self._counts = np.zeros(1, COUNTS) if counts is None else counts
         self._modes = self._counts["modes"][0]
-        self._mark, self._log = mark, log
+        self._mark = None if counts is None else mark
+        self._log = counts is not None
         self._timer: Timer | None = None
         self.start(0)
 

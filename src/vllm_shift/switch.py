@@ -1,9 +1,12 @@
 """Which mode a step runs in, and what happens to the model's inputs and outputs when it is SP.
 
 Everything is attached to the finished model from outside, with PyTorch's own hooks: on the model, to enter and leave
-SP mode; on its attention layers, to exchange tokens for heads. In TP mode the hooks return at once.
+SP mode; on its attention layers, to exchange tokens for heads (with ``early``, the layer that makes q, k and v does the
+first exchange). In TP mode the hooks return at once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +23,6 @@ from vllm_shift.compiled import CompiledTwins
 from vllm_shift.dims import ParallelDims
 from vllm_shift.exchange import heads_to_tokens, qkv_widths, register_group, tokens_to_heads
 from vllm_shift.gathered import Gather, gathered_modules, inside_gathered
-from vllm_shift.overlap import OverlapPass
 
 
 class ModeSwitch:
@@ -58,6 +60,15 @@ class ModeSwitch:
         self.in_sp = self.eager = self.early = self.through_peers = False
         self.own_tokens: Any = None
 
+    @contextmanager
+    def threshold(self, max_tp_tokens: int) -> Iterator[None]:
+        """Another threshold while this is open."""
+        before, self.max_tp_tokens = self.max_tp_tokens, max_tp_tokens
+        try:
+            yield
+        finally:
+            self.max_tp_tokens = before
+
     def is_sp_step(self, num_tokens: int) -> bool:
         """Whether a step of this many tokens runs in SP mode."""
         return num_tokens > self.max_tp_tokens
@@ -92,9 +103,7 @@ class ModeSwitch:
             from vllm_shift.peers import connect
 
             self.through_peers = connect(self.sp_group, layers, self._most_rows * self.dims.sp, vllm_config)
-        # The exchange is a part of what is traced.
-        trace, graph_pass = ("sp-peers", OverlapPass()) if self.through_peers else ("sp", None)
-        self._twins = CompiledTwins(model, vllm_config, trace, graph_pass)
+        self._twins = CompiledTwins(model, vllm_config, self.through_peers)
         self._buffers: dict[str, torch.Tensor] = {}
         # A plain bool, because the hooks of attention layers are traced.
         self._keep_padding = bool(self._twins)
@@ -115,9 +124,11 @@ class ModeSwitch:
             NotImplementedError: the model takes an input that SP mode does not know.
         """
         num_tokens = kwargs["positions"].shape[-1]
-        if self.eager:
+        in_sp = self.is_sp_step(num_tokens)
+        # What vLLM has compiled is a trace of TP mode, the twins are those of SP mode.
+        if self.eager or (in_sp and not self._twins):
             get_forward_context().skip_compiled = True
-        if not self.is_sp_step(num_tokens):
+        if not in_sp:
             return None
         inputs: dict[str, Any] = {}
         for name, x in kwargs.items():
@@ -136,11 +147,8 @@ class ModeSwitch:
             gather.take_over_sums(True)
         if self.own_tokens is not None:
             self.own_tokens.take(num_tokens)
-        if self._twins and not self.eager:
+        if not self.eager:
             self._twins.swap_in()
-        else:
-            # A compiled model is a trace of TP mode.
-            get_forward_context().skip_compiled = True
         return args, kwargs | inputs
 
     def _own_rows(self, name: str, x: torch.Tensor) -> torch.Tensor:

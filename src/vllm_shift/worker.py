@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.worker.worker_base import WorkerBase
 
-from vllm_shift.agreement import StepCheck, is_wanted
+from vllm_shift.agreement import StepCheck, debug_wanted
 from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.failure import describe_failure, describe_step
@@ -44,7 +44,7 @@ class ShiftWorkerMixin(WorkerBase):
         # What shutdown closes is here, because init_device may fail and shutdown comes nevertheless.
         mark = CudaMark if current_platform.is_cuda() else ClockMark
         counts = open_counts(self.vllm_config) if self.rank == 0 else None
-        self.shift_counter = StepCounter(counts, mark, log=True) if counts is not None else StepCounter(mark=None)
+        self.shift_counter = StepCounter(mark, counts)
         self._shift_groups: list[GroupCoordinator] = []
         self._step_check: StepCheck | None = None
         self._step = "A step of the self-check"
@@ -52,7 +52,11 @@ class ShiftWorkerMixin(WorkerBase):
         end_with_owner()
 
     def init_device(self) -> None:
-        """As the stock worker; then the process groups of SP mode."""
+        """As the stock worker; then the process groups of SP mode.
+
+        Raises:
+            ValueError: ``VLLM_SHIFT_DEBUG`` is neither 0 nor 1.
+        """
         super().init_device()
         self.shift_config = ShiftConfig.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         # Within its pipeline stage; vLLM's TP group is all ranks of the stage.
@@ -61,16 +65,23 @@ class ShiftWorkerMixin(WorkerBase):
         tp_group = _new_group(dims.tp_groups, dims.world, "ulysses_rows") if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
         self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
-        if is_wanted():
+        if debug_wanted():
             self._step_check = StepCheck(get_world_group().cpu_group)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """As the stock worker, with our layers in the model."""
+        """As the stock worker, with our layers in the model.
+
+        Raises:
+            NotImplementedError: the model has a layer, or takes an input, that SP mode does not know.
+            RuntimeError: another plugin has replaced a layer.
+        """
         # The V1 and the V2 model runner call it differently.
         drafter: Any = getattr(self.model_runner, "drafter", None) or getattr(self.model_runner, "speculator", None)
+        wrapped = [self.model_runner]
         if hasattr(drafter, "load_model"):
             # A draft model, loaded within slotted_layers, is built from vLLM's own layers: it runs in TP mode only.
             drafter.load_model = stock_layers()(drafter.load_model)
+            wrapped.append(drafter)
         stock_load_model = self.model_runner.load_model
 
         def load_model(**kwargs: Any) -> None:
@@ -86,7 +97,8 @@ class ShiftWorkerMixin(WorkerBase):
         try:
             super().load_model(load_dummy_weights=load_dummy_weights)
         finally:
-            del self.model_runner.load_model
+            for each in wrapped:
+                del each.load_model
         model = self.model_runner.get_model()
         if self.switch.dims.sp == 2:
             problem = why_not_early(model)
@@ -133,17 +145,21 @@ class ShiftWorkerMixin(WorkerBase):
 
     def _run_largest_step(self, in_sp: bool, **kwargs: Any) -> None:
         """Where stock vLLM compiles: torch.compile chooses kernels for the size of the first step, in either mode."""
-        threshold = self.switch.max_tp_tokens
-        if not threshold:
+        if not self.switch.max_tp_tokens:
             return  # there is no TP mode
         most: int = self.scheduler_config.max_num_batched_tokens
-        self.switch.max_tp_tokens = 0 if in_sp else most
-        self.model_runner._dummy_run(most, cudagraph_runtime_mode=CUDAGraphMode.NONE, **kwargs)
-        self.switch.max_tp_tokens = threshold
+        with self.switch.threshold(0 if in_sp else most):
+            self.model_runner._dummy_run(most, cudagraph_runtime_mode=CUDAGraphMode.NONE, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
-        """As the stock worker, with TP mode compiled and the threshold found before; then the self-check."""
-        self._fit_threshold_to_graphs()
+        """As the stock worker, with TP mode compiled and the threshold found before; then the self-check.
+
+        Raises:
+            RuntimeError: the self-check failed, or had no room where it is needed.
+            NotImplementedError: the self-check does not know the KV cache.
+        """
+        if not self.shift_config.is_auto:  # what is measured fits, see find_threshold
+            self._fit_threshold_to_graphs()
         self._run_largest_step(in_sp=False)
         if self.shift_config.is_auto:
             # The profile had no step in SP mode if none exceeds the threshold that auto begins with.
@@ -175,20 +191,28 @@ class ShiftWorkerMixin(WorkerBase):
             )
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """As the stock worker; the step is counted and timed under its mode, which the log names if it fails."""
+        """As the stock worker; the step is counted and timed under its mode, which the log names if it fails.
+
+        Raises:
+            RuntimeError: with ``VLLM_SHIFT_DEBUG=1``, the ranks disagree on the step.
+            SystemExit: the step raised, on another rank than 0 and with the executor ``mp``.
+        """
         max_tp_tokens = self.switch.max_tp_tokens
         if self._step_check is not None:
             self._step_check(max_tp_tokens, scheduler_output.num_scheduled_tokens.values())
         num_tokens = scheduler_output.total_num_scheduled_tokens
         if not num_tokens:
             return super().execute_model(scheduler_output)
-        in_sp = self.switch.is_sp_step(num_tokens)
-        self._step = describe_step(in_sp, num_tokens, max_tp_tokens)
-        with self._reported_step(), self.shift_counter.step(in_sp, num_tokens):
+        self._step = describe_step(num_tokens, max_tp_tokens)
+        with self._reported_step(), self.shift_counter.step(self.switch.is_sp_step(num_tokens), num_tokens):
             return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """As the stock worker; the LM head and the sampler are the second part of a step."""
+        """As the stock worker; the LM head and the sampler are the second part of a step.
+
+        Raises:
+            SystemExit: as ``execute_model``.
+        """
         with self._reported_step():
             return super().sample_tokens(grammar_output)
 
@@ -259,7 +283,6 @@ def _new_group(ranks: list[list[int]], stage_size: int, name: str) -> GroupCoord
     """Make groups, given for the first pipeline stage, in every stage of ``stage_size`` consecutive ranks."""
     # A name with "tp" in it would get vLLM's custom all-reduce, whose buffers vLLM registers for its own TP group only
     # when it captures CUDA graphs.
-    assert "tp" not in name
     world = get_world_group()
     backend = torch.distributed.get_backend(world.device_group)
     stages = range(0, world.world_size, stage_size)
