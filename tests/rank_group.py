@@ -108,7 +108,9 @@ def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int 
     return codes
 
 
-def run_ranks(script: str, world: int, folder: Path, job: Mapping[str, Any], ports: int) -> list[dict]:
+def run_ranks(
+    script: str, world: int, folder: Path, job: Mapping[str, Any], ports: int, seconds: float = 840
+) -> list[dict]:
     """Run a script of this folder on every rank of a group; what each rank writes to ``results-RANK.json``.
 
     Args:
@@ -117,6 +119,7 @@ def run_ranks(script: str, world: int, folder: Path, job: Mapping[str, Any], por
         folder: for the job's file, logs and results.
         job: what the script reads.
         ports: how many ports in a row it uses, from MASTER_PORT on.
+        seconds: that it may take, less than the time limit of a test.
     """
     (folder / "job.json").write_text(json.dumps(job))
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(ports))}
@@ -128,7 +131,7 @@ def run_ranks(script: str, world: int, folder: Path, job: Mapping[str, Any], por
         with open(folder / f"log-{rank}", "w") as log:
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = wait_for_all(ranks, seconds=840)
+        codes = wait_for_all(ranks, seconds)
     finally:
         for process in ranks:
             process.kill()
@@ -167,4 +170,5 @@ class Group:
         }  # fmt: skip
         job = {"folder": str(folder), "prompts": tiny.prompts(), "max_tokens": 8, "engines": engines, "common": common}
         self.folder, self.engines = folder, engines
-        self.results = run_ranks("rank_main.py", world, folder, job, ports=len(engines))
+        seconds = 1740 if nightly else 840
+        self.results = run_ranks("rank_main.py", world, folder, job, ports=len(engines), seconds=seconds)
