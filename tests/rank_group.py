@@ -97,6 +97,10 @@ def quantized(folder: Path) -> list[dict]:
     return engines + [{"name": name, "args": check, "mutation": name} for name in MUTATIONS_OF_QUANTIZED]
 
 
+# That a group of ranks may take: less than a test may, see pyproject.toml and the Makefile.
+SECONDS, NIGHTLY_SECONDS = 840, 1740
+
+
 def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int | None]:
     """Exit codes of all processes, or of those that ended when the first failed or the time was up."""
     deadline = time.monotonic() + seconds
@@ -109,7 +113,7 @@ def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int 
 
 
 def run_ranks(
-    script: str, world: int, folder: Path, job: Mapping[str, Any], ports: int, seconds: float = 840
+    script: str, world: int, folder: Path, job: Mapping[str, Any], ports: int, seconds: float = SECONDS
 ) -> list[dict]:
     """Run a script of this folder on every rank of a group; what each rank writes to ``results-RANK.json``.
 
@@ -170,5 +174,5 @@ class Group:
         }  # fmt: skip
         job = {"folder": str(folder), "prompts": tiny.prompts(), "max_tokens": 8, "engines": engines, "common": common}
         self.folder, self.engines = folder, engines
-        seconds = 1740 if nightly else 840
+        seconds = NIGHTLY_SECONDS if nightly else SECONDS
         self.results = run_ranks("rank_main.py", world, folder, job, ports=len(engines), seconds=seconds)

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch.distributed import ProcessGroup
 
+from vllm_shift.failure import mode_name
+
 VARIABLE = "VLLM_SHIFT_DEBUG"
 
 
@@ -58,8 +60,7 @@ class StepCheck:
 
 
 def _describe(step: int, max_tp_tokens: int, tokens: int, requests: int, digest: int) -> str:
-    mode = "SP" if tokens > max_tp_tokens else "TP"
     return (
-        f"step {step} in {mode} mode, {tokens} tokens of {requests} requests "
+        f"step {step} in {mode_name(tokens, max_tp_tokens)} mode, {tokens} tokens of {requests} requests "
         f"(token counts {digest:08x}), threshold {max_tp_tokens}"
     )

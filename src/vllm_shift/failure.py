@@ -5,10 +5,14 @@ from types import FrameType, TracebackType
 from torch import nn
 
 
+def mode_name(num_tokens: int, max_tp_tokens: int) -> str:
+    """The mode of a step of so many tokens with this threshold, for the log."""
+    return "SP" if num_tokens > max_tp_tokens else "TP"
+
+
 def describe_step(num_tokens: int, max_tp_tokens: int) -> str:
     """Name of a step for the log, from its tokens and the threshold."""
-    mode = "SP" if num_tokens > max_tp_tokens else "TP"
-    return f"A step in {mode} mode of {num_tokens} tokens (threshold {max_tp_tokens})"
+    return f"A step in {mode_name(num_tokens, max_tp_tokens)} mode of {num_tokens} tokens (threshold {max_tp_tokens})"
 
 
 def describe_failure(error: BaseException, step: str) -> str:

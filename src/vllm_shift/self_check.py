@@ -203,7 +203,7 @@ class SelfCheck:
         """Between the modes, in the order of the layers; raises where one is too large."""
         threshold = self._switch.max_tp_tokens
         # An engine without a TP mode of its own has no trace and no CUDA graphs of it.
-        with self._mode(threshold or _EVERYTHING, eager=not threshold, graphs=bool(threshold)):
+        with self._mode(threshold or _EVERYTHING, eager=not threshold):
             reference = self._process(lengths, threshold or _EVERYTHING)
             cache = [(place, x.cpu()) for place, x in self._read_cache(lengths)]
 
@@ -251,14 +251,14 @@ class SelfCheck:
         ]
 
     @contextmanager
-    def _mode(self, max_tp_tokens: int, eager: bool, graphs: bool) -> Iterator[None]:
-        """Another threshold; with ``eager`` without compiled traces, and without CUDA graphs unless ``graphs``."""
+    def _mode(self, max_tp_tokens: int, eager: bool, graphs: bool = True) -> Iterator[None]:
+        """Another threshold; without CUDA graphs unless ``graphs``; with ``eager`` without compiled traces, too."""
         # Both of vLLM's model runners use no graph while this says that there are none.
         owner = getattr(self._runner, "cudagraph_manager", None) or self._runner.cudagraph_dispatcher
         name = "_graphs_captured" if hasattr(owner, "_graphs_captured") else "keys_initialized"
         had_graphs = getattr(owner, name)
         self._switch.eager = eager
-        setattr(owner, name, had_graphs and graphs)
+        setattr(owner, name, had_graphs and graphs and not eager)
         try:
             with self._switch.threshold(max_tp_tokens):
                 yield
@@ -473,7 +473,7 @@ class SelfCheck:
         ]
         try:
             for max_tp_tokens in (_EVERYTHING, 0):
-                with self._mode(max_tp_tokens, eager=True, graphs=False):
+                with self._mode(max_tp_tokens, eager=True):
                     self._process(lengths, _EVERYTHING)
         finally:
             for hook in hooks:
