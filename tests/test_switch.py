@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from vllm_shift.dims import ParallelDims
 from vllm_shift.switch import ModeSwitch
 from vllm_shift.threshold import fit_to_graphs
 from vllm_shift.translate import graph_sizes
+from vllm_shift.worker import ShiftWorkerMixin
 
 # CUDA graph sizes of vLLM.
 STOCK_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
@@ -317,3 +319,27 @@ def test_gpus_connect_for_the_rows_of_the_largest_step(make, twins, monkeypatch,
     assert asked == [(1, 66)]
     assert switch.through_peers is through_peers
     assert twins[-1] is through_peers
+
+
+def test_what_graphs_read_is_noted_for_sp_mode_too(monkeypatch):
+    events = []
+
+    @contextmanager
+    def graph_capture(context):
+        events.append(f"begin on {context.stream}")
+        yield
+        events.append("note what the graphs read")
+
+    monkeypatch.setattr(switch_module, "register_group", lambda group: "sp")
+    monkeypatch.setattr(switch_module.current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: "the stream")
+    for dims, tp_group in (
+        (ParallelDims(2, 2, 0), SimpleNamespace(graph_capture=graph_capture)),
+        (ParallelDims(2, 1, 0), None),
+    ):
+        events.clear()
+        worker = SimpleNamespace(switch=ModeSwitch(dims, 8, SimpleNamespace(), tp_group))
+        capture_model = ShiftWorkerMixin._capture_both_modes(worker, lambda: events.append("capture") or 7)
+        assert capture_model() == 7
+        noted = ["begin on the stream", "capture", "note what the graphs read"]
+        assert events == (noted if tp_group else ["capture"])

@@ -163,7 +163,7 @@ def test_each_mode_is_timed_in_steps_of_its_own(monkeypatch):
     runner._dummy_run = lambda count, cudagraph_runtime_mode: model(positions=torch.zeros(count + 3))
     config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE))
     monkeypatch.setattr(calibrate, "set_forward_context", lambda *args, **kwargs: nullcontext())
-    monkeypatch.setattr(calibrate, "_time", lambda run, graphed, device: 1.0 if switch.max_tp_tokens >= 16 else 2.0)
+    monkeypatch.setattr(calibrate, "_time", lambda run, device: 1.0 if switch.max_tp_tokens >= 16 else 2.0)
     assert calibrate._time_step(13, runner, switch, config) == StepTimes(16, tp_ms=1.0, sp_ms=2.0)
     assert switch.max_tp_tokens == 5
 

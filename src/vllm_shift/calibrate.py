@@ -71,7 +71,7 @@ def _slowest_rank(step: StepTimes) -> StepTimes:
 @torch.inference_mode()
 def _time_step(num_tokens: int, model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> StepTimes:
     """Milliseconds of the model's forward pass in each mode, from hidden states to hidden states, without attention."""
-    model = model_runner.get_model()
+    model, device = model_runner.get_model(), model_runner.device
     inputs: dict[str, Any] = {}
     # Whatever the model runner gives the model: its names, dtypes and buffers.
     hook = model.register_forward_pre_hook(lambda _, __, kwargs: inputs.update(kwargs), with_kwargs=True, prepend=True)
@@ -89,7 +89,8 @@ def _time_step(num_tokens: int, model_runner: Any, switch: ModeSwitch, vllm_conf
     for max_tp_tokens in (given, given - 1):  # TP mode, then SP mode
         with switch.threshold(max_tp_tokens):
             run()
-            milliseconds.append(_time(run, _is_graphed(given, vllm_config), model_runner.device))
+            launch = _in_graph(run, switch, device) if _is_graphed(given, vllm_config) else run
+            milliseconds.append(_time(launch, device))
     return StepTimes(given, *milliseconds)
 
 
@@ -99,13 +100,17 @@ def _is_graphed(num_tokens: int, vllm_config: Any) -> bool:
     return bool(graphs and num_tokens <= (compilation.max_cudagraph_capture_size or 0))
 
 
-def _time(run: Callable[[], None], graphed: bool, device: torch.device) -> float:
-    """Median milliseconds of ``run``, launched as the engine will launch it."""
-    if graphed:
-        graph = torch.cuda.CUDAGraph()
-        with graph_capture(device) as context, torch.cuda.graph(graph, stream=context.stream):
-            run()
-        run = graph.replay
+def _in_graph(run: Callable[[], None], switch: ModeSwitch, device: torch.device) -> Callable[[], None]:
+    """What launches ``run`` as one CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with switch.graph_capture(), graph_capture(device) as context, torch.cuda.graph(graph, stream=context.stream):
+        run()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def _time(run: Callable[[], None], device: torch.device) -> float:
+    """Median milliseconds of ``run``."""
     run()
     synchronize = torch.get_device_module(device).synchronize
     times = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.distributed.parallel_state import GraphCaptureContext, GroupCoordinator
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -76,6 +76,19 @@ class ModeSwitch:
     def all_reduce_tp(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the TP group of SP mode."""
         return x if self._tp_group is None else self._tp_group.all_reduce(x)
+
+    @contextmanager
+    def graph_capture(self) -> Iterator[None]:
+        """While CUDA graphs are captured: the custom all-reduce of SP mode's TP group notes what they read.
+
+        vLLM has its own TP group do so only (``vllm.distributed.parallel_state.graph_capture``). Without, each
+        all-reduce in a graph would copy its input first.
+        """
+        if self._tp_group is None or not current_platform.is_cuda():
+            yield
+            return
+        with self._tp_group.graph_capture(GraphCaptureContext(torch.cuda.current_stream())):
+            yield
 
     def attach(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         """Put the hooks on a model and its attention layers.

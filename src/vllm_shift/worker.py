@@ -1,7 +1,7 @@
 """vLLM's stock workers with the mode switch built in; ``ParallelConfig.worker_cls`` names them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ class ShiftWorkerMixin(WorkerBase):
         # Within its pipeline stage; vLLM's TP group is all ranks of the stage.
         dims = self.shift_config.dims(get_tp_group().rank_in_group)
         sp_group = _new_group(dims.sp_groups, dims.world, "ulysses_sp")
-        tp_group = _new_group(dims.tp_groups, dims.world, "ulysses_rows") if dims.tp > 1 else None
+        # With "tp" in its name a group gets vLLM's custom all-reduce.
+        tp_group = _new_group(dims.tp_groups, dims.world, "ulysses_tp") if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
         self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
         if debug_wanted():
@@ -77,11 +78,6 @@ class ShiftWorkerMixin(WorkerBase):
         """
         # The V1 and the V2 model runner call it differently.
         drafter: Any = getattr(self.model_runner, "drafter", None) or getattr(self.model_runner, "speculator", None)
-        wrapped = [self.model_runner]
-        if hasattr(drafter, "load_model"):
-            # A draft model, loaded within slotted_layers, is built from vLLM's own layers: it runs in TP mode only.
-            drafter.load_model = stock_layers()(drafter.load_model)
-            wrapped.append(drafter)
         stock_load_model = self.model_runner.load_model
 
         def load_model(**kwargs: Any) -> None:
@@ -92,13 +88,13 @@ class ShiftWorkerMixin(WorkerBase):
             if current_platform.is_cuda():
                 self.model_runner.model_memory_usage += memory.consumed_memory
 
-        # There, because the stock worker calls it within the memory that sleep mode gives back.
-        self.model_runner.load_model = load_model
-        try:
+        with ExitStack() as replaced:
+            if hasattr(drafter, "load_model"):
+                # A draft model, loaded within slotted_layers, is built from vLLM's own layers: it runs in TP mode only.
+                replaced.enter_context(_replaced(drafter, "load_model", stock_layers()(drafter.load_model)))
+            # There, because the stock worker calls it within the memory that sleep mode gives back.
+            replaced.enter_context(_replaced(self.model_runner, "load_model", load_model))
             super().load_model(load_dummy_weights=load_dummy_weights)
-        finally:
-            for each in wrapped:
-                del each.load_model
         model = self.model_runner.get_model()
         if self.switch.dims.sp == 2:
             problem = why_not_early(model)
@@ -136,11 +132,8 @@ class ShiftWorkerMixin(WorkerBase):
             without_attention = {"skip_attn": True} if self.use_v2_model_runner else {}
             self._run_largest_step(in_sp=False, is_profile=True, **without_attention)
 
-        self.model_runner.profile_run = profile_both_modes
-        try:
+        with _replaced(self.model_runner, "profile_run", profile_both_modes):
             available: int = super().determine_available_memory()
-        finally:
-            del self.model_runner.profile_run
         return available
 
     def _run_largest_step(self, in_sp: bool, **kwargs: Any) -> None:
@@ -165,7 +158,9 @@ class ShiftWorkerMixin(WorkerBase):
             # The profile had no step in SP mode if none exceeds the threshold that auto begins with.
             self._run_largest_step(in_sp=True)
             self.switch.max_tp_tokens = calibrate(self.model_runner, self.switch, self.vllm_config)
-        times = super().compile_or_warm_up_model()
+        # There, and not around all of it: the stock worker runs steps once it has captured them.
+        with _replaced(self.model_runner, "capture_model", self._capture_both_modes(self.model_runner.capture_model)):
+            times = super().compile_or_warm_up_model()
         if self.shift_config.self_check:
             checked = SelfCheck(self, super().execute_model).run()
             if checked and self.rank == 0 and self.model_config.architecture not in TESTED:
@@ -175,6 +170,13 @@ class ShiftWorkerMixin(WorkerBase):
                 )
         self.shift_counter.start(self.switch.max_tp_tokens)
         return times
+
+    def _capture_both_modes(self, stock_capture_model: Callable[[], int]) -> Callable[[], int]:
+        def capture_model() -> int:
+            with self.switch.graph_capture():
+                return stock_capture_model()
+
+        return capture_model
 
     def _fit_threshold_to_graphs(self) -> None:
         # With speculative decoding vLLM's V1 model runner has made CUDA graph sizes multiples of a request's tokens.
@@ -279,10 +281,18 @@ class ShiftWorkerMixin(WorkerBase):
                 group.destroy()
 
 
+@contextmanager
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """``method`` in the place of a method of ``owner``, an instance, while this is open."""
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
 def _new_group(ranks: list[list[int]], stage_size: int, name: str) -> GroupCoordinator:
     """Make groups, given for the first pipeline stage, in every stage of ``stage_size`` consecutive ranks."""
-    # A name with "tp" in it would get vLLM's custom all-reduce, whose buffers vLLM registers for its own TP group only
-    # when it captures CUDA graphs.
     world = get_world_group()
     backend = torch.distributed.get_backend(world.device_group)
     stages = range(0, world.world_size, stage_size)
