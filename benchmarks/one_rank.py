@@ -41,7 +41,7 @@ def shard(shape: str, ranks: int) -> dict[str, int]:
 def start_engine(args: argparse.Namespace, folder: Path) -> Any:
     from vllm import LLM
 
-    from vllm_shift.translate import GRAPH_TOKENS_PER_RANK, graph_sizes
+    from vllm_shift.translate import graph_sizes, most_graph_tokens
 
     world = args.sp * args.tp
     model = write_config(shard(args.shape, args.tp if args.engine == "stock TP=T" else world), folder)
@@ -53,7 +53,8 @@ def start_engine(args: argparse.Namespace, folder: Path) -> Any:
     if args.engine == "shift" or args.same_graphs:
         stock = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
         threshold = args.threshold if args.engine == "shift" else 0
-        sizes = graph_sizes(stock, threshold, min(args.most, GRAPH_TOKENS_PER_RANK * world))
+        most = min(args.most, most_graph_tokens(SHAPES[args.shape]["hidden_size"], world))
+        sizes = graph_sizes(stock, threshold, most)
         kwargs["compilation_config"] = {"cudagraph_capture_sizes": sizes}
     return LLM(
         str(model), load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False, seed=0,

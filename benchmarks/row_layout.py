@@ -23,10 +23,12 @@ WEIGHTS = (
     ("32B down_proj, SP=2", 5120, 25600, 2),
     ("70B o_proj, SP=2 x TP=2", 8192, 4096, 2),
     ("70B down_proj, SP=2 x TP=2", 8192, 14336, 2),
+    ("70B o_proj, SP=4", 8192, 8192, 4),
+    ("70B down_proj, SP=4", 8192, 28672, 4),
     ("70B o_proj, SP=2 x TP=4", 8192, 2048, 2),
     ("70B down_proj, SP=2 x TP=4", 8192, 7168, 2),
 )
-COPIES = 4  # rotated, so that the L2 cache does not hold the weight
+ROTATED = 160_000_000  # bytes of a shard's copies, which take turns so that the L2 cache does not hold the weight
 CALLS, REPEATS = 20, 15
 
 
@@ -49,12 +51,8 @@ def graph_us(call: Callable[[int], object]) -> float:
     return statistics.median(times)
 
 
-def linear_us(x: torch.Tensor, weights: list[torch.Tensor]) -> float:
-    return graph_us(lambda i: F.linear(x, weights[i % len(weights)]))
-
-
-def split_us(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]]) -> float:
-    """The sum of one product a shard."""
+def product_us(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]]) -> float:
+    """The sum of one product a shard; of each of ``weights`` in turn."""
 
     def call(i: int) -> torch.Tensor:
         shards = weights[i % len(weights)]
@@ -73,19 +71,20 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, bf16, us")
     print("| weight | mode | rows | stock | own | slice | transposed |\n| --- | --- | --- | --- | --- | --- | --- |")
     for name, out, width, shards in WEIGHTS:
-        whole = [torch.randn(out, width, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(COPIES)]
-        transposed = [w.t().contiguous().t() for w in whole]
-        own = [tuple(shard.contiguous() for shard in w.chunk(shards, dim=1)) for w in whole]
         shard = width // shards
+        copies = max(4, ROTATED // (2 * out * shard))
+        whole = [torch.randn(out, width, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
+        transposed = [w.t().contiguous().t() for w in whole]
+        own = [tuple(part.contiguous() for part in w.chunk(shards, dim=1)) for w in whole]
         for rows in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256):
             x = torch.randn(rows, shard, device="cuda", dtype=torch.bfloat16)
-            stock = linear_us(x, [first for first, *_ in own])
-            others = [linear_us(x, [w[:, :shard] for w in weights]) / stock for weights in (whole, transposed)]
+            stock = product_us(x, [(first,) for first, *_ in own])
+            others = [product_us(x, [(w[:, :shard],) for w in weights]) / stock for weights in (whole, transposed)]
             print(f"| {name} | TP | {rows} | {stock:.1f} | 1 | {others[0]:.3f} | {others[1]:.3f} |", flush=True)
         for rows in itertools.accumulate((128, 128, 256, 512, 1024, 2048)):
             x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-            stock = linear_us(x, whole)
-            split, turned = split_us(x, own) / stock, linear_us(x, transposed) / stock
+            stock = product_us(x, [(w,) for w in whole])
+            split, turned = product_us(x, own) / stock, product_us(x, [(w,) for w in transposed]) / stock
             print(f"| {name} | SP | {rows} | {stock:.1f} | {split:.3f} | 1 | {turned:.3f} |", flush=True)
 
 

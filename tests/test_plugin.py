@@ -344,19 +344,23 @@ def test_versions_agree():
 
 
 @pytest.mark.parametrize(
-    ("threshold", "most", "chosen_by_user", "more"),
+    ("threshold", "most", "hidden", "chosen_by_user", "more"),
     [
-        (100, 1024, False, [100, *range(576, 1024, 64), 1024]),
-        ("auto", 1024, False, [*range(576, 1024, 64), 1024]),
-        # 1,024 a rank.
-        (256, 65536, False, [*range(576, 1024, 64), *range(1024, 2048, 128), 2048]),
-        (100, 65536, True, [100]),
+        (100, 1024, 4096, False, [100, *range(576, 1024, 64), 1024]),
+        ("auto", 1024, 4096, False, [*range(576, 1024, 64), 1024]),
+        # 1,024 a rank; fewer in a wide model.
+        (256, 65536, 4096, False, [*range(576, 1024, 64), *range(1024, 2048, 128), 2048]),
+        (256, 65536, 1024, False, [*range(576, 1024, 64), *range(1024, 2048, 128), 2048]),
+        (256, 65536, 8192, False, [576, 640, 704, 768]),
+        (256, 65536, 16384, False, []),
+        (100, 65536, 4096, True, [100]),
     ],
 )
-def test_a_config_gains_cuda_graph_sizes(threshold, most, chosen_by_user, more):
+def test_a_config_gains_cuda_graph_sizes(threshold, most, hidden, chosen_by_user, more):
     compilation = SimpleNamespace(cudagraph_capture_sizes=[*STOCK_SIZES], max_cudagraph_capture_size=512)
     scheduler = SimpleNamespace(max_num_batched_tokens=most)
-    config = SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler)
+    model = SimpleNamespace(get_hidden_size=lambda: hidden)
+    config = SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler, model_config=model)
     translate._set_graph_sizes(config, ShiftConfig(1, 2, True, threshold), chosen_by_user)
     assert sorted(set(compilation.cudagraph_capture_sizes) - set(STOCK_SIZES)) == more
     assert compilation.max_cudagraph_capture_size == compilation.cudagraph_capture_sizes[-1]

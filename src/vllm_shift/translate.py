@@ -20,9 +20,6 @@ from vllm_shift.owner import name_owner
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Up to about so many tokens an 8B model's share of a step takes as long to launch as to compute (benchmarks/results).
-GRAPH_TOKENS_PER_RANK = 1024
-
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_shift.worker_cpu.ShiftCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "vllm_shift.worker_gpu.ShiftGPUWorker",
@@ -146,6 +143,16 @@ def _chose_graph_sizes(engine_args: Any) -> bool:
     return any(place.cudagraph_capture_sizes or place.max_cudagraph_capture_size for place in places)
 
 
+def most_graph_tokens(hidden_size: int, world_size: int) -> int:
+    """Tokens of the largest step that is worth a CUDA graph in SP mode: larger ones take longer to run than to launch.
+
+    Launching takes about 1.1 ms a layer, whatever its size. Running goes with the square of the hidden size: where that
+    is 8,192, it takes as long at 1,536 tokens on four H100 (benchmarks/results/2026-11-26-h100-x4.md). The limit is not
+    above 1,024 tokens a rank, up to which graphs have been measured.
+    """
+    return world_size * min(1024, 384 * 8192**2 // hidden_size**2)
+
+
 def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[int]:
     """CUDA graph sizes of a shift engine, in tokens.
 
@@ -177,7 +184,8 @@ def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[in
 def _set_graph_sizes(vllm_config: Any, config: ShiftConfig, chosen_by_user: bool) -> None:
     compilation = vllm_config.compilation_config
     stock = compilation.cudagraph_capture_sizes
-    most = min(vllm_config.scheduler_config.max_num_batched_tokens, GRAPH_TOKENS_PER_RANK * config.world_size)
+    worthwhile = most_graph_tokens(vllm_config.model_config.get_hidden_size(), config.world_size)
+    most = min(vllm_config.scheduler_config.max_num_batched_tokens, worthwhile)
     # A threshold that is measured later becomes one of the sizes.
     sizes = graph_sizes(stock, 0 if config.is_auto else config.max_tp_tokens, 0 if chosen_by_user else most)
     if sizes != stock:
