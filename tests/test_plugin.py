@@ -291,7 +291,10 @@ def test_what_was_tried_on_the_cpu_only_is_refused_on_cuda():
     ids=["model", "unchecked", "engine"],
 )
 def test_every_row_of_the_table_refuses(table, name, monkeypatch):
-    for variable in ("BATCH_INVARIANT", "LORA_ENABLE_DUAL_STREAM", "TUNED_CONFIG_FOLDER", "MOE_SKIP_PADDING"):
+    for variable in (
+        "BATCH_INVARIANT", "LORA_ENABLE_DUAL_STREAM", "TUNED_CONFIG_FOLDER", "MOE_SKIP_PADDING", "USE_NCCL_SYMM_MEM",
+        "ALLREDUCE_USE_FLASHINFER",
+    ):  # fmt: skip
         monkeypatch.setenv(f"VLLM_{variable}", "1")
     config = everything_unsupported(name)
     for limit in table:
@@ -300,6 +303,21 @@ def test_every_row_of_the_table_refuses(table, name, monkeypatch):
         with pytest.raises(ValueError, match=re.escape(limit.name)) as error:
             limits.check((limit,), config)
         assert limit.instead in str(error.value)
+
+
+def test_all_reduces_that_know_one_group_only_are_refused_where_there_is_a_second(monkeypatch):
+    def refused(degree):
+        config = everything_unsupported("engine")
+        config.additional_config["shift_parallel"]["tensor_parallel_size"] = degree
+        return [limit.instead for limit in limits.ENGINE_LIMITS if limit.found(config) and "'s " in limit.name]
+
+    before = refused(2)
+    assert before == refused(1)
+    for variable in ("VLLM_USE_NCCL_SYMM_MEM", "VLLM_ALLREDUCE_USE_FLASHINFER"):
+        with monkeypatch.context() as set_one:
+            set_one.setenv(variable, "1")
+            assert sorted(set(refused(2)) - set(before)) == [f"unset {variable}"]
+            assert refused(1) == before
 
 
 def test_everything_that_is_refused_is_named_at_once():
