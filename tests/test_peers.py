@@ -159,7 +159,8 @@ def try_to_connect(peers, monkeypatch, rendezvous, all_reduce, elsewhere=None, s
     all_ranks = SimpleNamespace(
         device_communicator=SimpleNamespace(ca_comm=all_reduce), world_size=2, cpu_group="all ranks"
     )
-    monkeypatch.setattr(peers, "get_tp_group", lambda: all_ranks)
+    for module in (exchange, peers):
+        monkeypatch.setattr(module, "get_tp_group", lambda: all_ranks)
     monkeypatch.setattr(peers.symmetric_memory, "empty", torch.empty)
     monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
     monkeypatch.setattr(peers.torch.distributed, "all_gather_object", all_gather_object)
@@ -210,11 +211,12 @@ def test_what_would_spoil_memory_is_refused(peers, monkeypatch):
 
 
 def test_traces_of_both_ways_have_caches_of_their_own():
-    compilation = SimpleNamespace(cache_dir="cache", inductor_compile_config={})
+    compilation = SimpleNamespace(cache_dir="cache", inductor_compile_config={}, compile_sizes=[8])
     config = SimpleNamespace(compilation_config=compilation, additional_config={"shift_parallel": {}})
     twins = [config_of_twin(config, through_peers) for through_peers in (False, True)]
     assert len({twin.compilation_config.cache_dir for twin in [config, *twins]}) == 3
     assert len({str(twin.additional_config) for twin in [config, *twins]}) == 3
+    assert [twin.compilation_config.compile_sizes for twin in [config, *twins]] == [[8], [], []]
 
 
 def test_what_is_sent_is_there_before_it_is_read(peers, monkeypatch):

@@ -70,6 +70,8 @@ def config_of_twin(vllm_config: VllmConfig, through_peers: bool) -> Any:
     if compilation.cache_dir:
         # A directory of the user's own takes the place of vLLM's, which the hash of the config names.
         compilation.cache_dir = os.path.join(compilation.cache_dir, trace)
+    # Sizes that the user has compiled on their own are rows of TP mode.
+    compilation.compile_sizes = []
     if through_peers:
         # vLLM has one place for it, where a pass of the user's own stays.
         passes = {current_platform.pass_key: OverlapPass()}

@@ -94,8 +94,7 @@ def _above_one(name: str) -> Callable[[Any], Any]:
     return found
 
 
-def _sums_in_sp(config: Any) -> bool:
-    """Whether SP mode has a group of ranks that all-reduces, beside vLLM's own."""
+def _tp_above_one(config: Any) -> bool:
     degree: int = config.additional_config[CONFIG_KEY]["tensor_parallel_size"]
     return degree > 1
 
@@ -173,7 +172,7 @@ ENGINE_LIMITS = (
     Limit(
         # vLLM's norms over all heads in code of transformers gather from all P ranks, those of SP mode are on T.
         "OLMo 2 with a tensor parallel size above 1",
-        lambda config: config.model_config.architecture == "Olmo2ForCausalLM" and _sums_in_sp(config),
+        lambda config: config.model_config.architecture == "Olmo2ForCausalLM" and _tp_above_one(config),
         "set --tensor-parallel-size 1, and --ulysses-sequence-parallel-size to the number of ranks",
     ),
     Limit(
@@ -235,16 +234,23 @@ ENGINE_LIMITS = (
         "unset VLLM_BATCH_INVARIANT: sums are rounded differently in the two modes",
     ),
     Limit(
-        # vLLM's op for it sums over the first group that is made, whichever calls it.
-        "NCCL's symmetric memory with a tensor parallel size above 1",
-        lambda config: _sums_in_sp(config) and envs.VLLM_USE_NCCL_SYMM_MEM,
+        # Its all-reduce sums over the first group that is made, whichever calls it, and gathered rows last until the
+        # next ones.
+        "NCCL's symmetric memory",
+        lambda config: envs.VLLM_USE_NCCL_SYMM_MEM,
         "unset VLLM_USE_NCCL_SYMM_MEM",
     ),
     Limit(
         # It has one workspace in a process, for the first group that asks.
         "FlashInfer's all-reduce with a tensor parallel size above 1",
-        lambda config: _sums_in_sp(config) and envs.VLLM_ALLREDUCE_USE_FLASHINFER,
+        lambda config: _tp_above_one(config) and envs.VLLM_ALLREDUCE_USE_FLASHINFER,
         "unset VLLM_ALLREDUCE_USE_FLASHINFER",
+    ),
+    Limit(
+        # The model itself picks the rows that later layers see.
+        "fast prefill of models that share KV caches between layers",
+        lambda config: config.cache_config.kv_sharing_fast_prefill,
+        "leave out --kv-sharing-fast-prefill",
     ),
     Limit(
         # The self-check has no adapters.

@@ -25,7 +25,7 @@ from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_shift.exchange import qkv_widths, use_peers
+from vllm_shift.exchange import qkv_widths, use_peers, why_not_direct
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -265,20 +265,16 @@ def _share_memory(
     group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig
 ) -> str | None:
     """As ``connect``; returns why it cannot be, the same on all ranks of all SP groups."""
-    all_ranks = get_tp_group()
-    custom_all_reduce = getattr(all_ranks.device_communicator, "ca_comm", None)
-    if custom_all_reduce is None or custom_all_reduce.disabled:
-        return "vLLM's custom all-reduce is off"
-    if not custom_all_reduce.fully_connected:
-        return "there is no NVLink between all GPUs"
+    if (problem := why_not_direct()) is not None:
+        return problem
     # The default, unless set; with another one the barrier may do nothing.
     if (backend := symmetric_memory.get_backend(group.device)) not in (None, "CUDA"):
         return f"PyTorch's symmetric memory has the backend {backend}"
     compilation: Any = vllm_config.compilation_config
     # Where attention is compiled together with what follows, Inductor would reuse the memory of its inputs.
     keeps = compilation.splitting_ops_contain_attention() and not compilation.use_inductor_graph_partition
+    all_ranks = get_tp_group()
     problems: list[str | None] = [None] * all_ranks.world_size
-    problem = None
     try:
         peers = PeerMemory(group, layers, rows, vllm_config.model_config.dtype, keeps)
     except RuntimeError as error:

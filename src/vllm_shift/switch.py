@@ -79,10 +79,10 @@ class ModeSwitch:
 
     @contextmanager
     def graph_capture(self) -> Iterator[None]:
-        """While CUDA graphs are captured: the custom all-reduce of SP mode's TP group notes what they read.
+        """While CUDA graphs are captured: at its end the all-reduce of SP mode's TP group learns where they read.
 
-        vLLM has its own TP group do so only (``vllm.distributed.parallel_state.graph_capture``). Without, each
-        all-reduce in a graph would copy its input first.
+        Until then they must not be replayed. vLLM does this for its own TP group only
+        (``vllm.distributed.parallel_state.graph_capture``).
         """
         if self._tp_group is None or not current_platform.is_cuda():
             yield

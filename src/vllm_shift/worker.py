@@ -18,6 +18,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_shift.agreement import StepCheck, debug_wanted
 from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
+from vllm_shift.exchange import why_not_direct
 from vllm_shift.failure import describe_failure, describe_step
 from vllm_shift.gathered import inside_gathered
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting, unfold, why_not_early
@@ -62,8 +63,10 @@ class ShiftWorkerMixin(WorkerBase):
         # Within its pipeline stage; vLLM's TP group is all ranks of the stage.
         dims = self.shift_config.dims(get_tp_group().rank_in_group)
         sp_group = _new_group(dims.sp_groups, dims.world, "ulysses_sp")
-        # With "tp" in its name a group gets vLLM's custom all-reduce.
-        tp_group = _new_group(dims.tp_groups, dims.world, "ulysses_tp") if dims.tp > 1 else None
+        # With "tp" in its name a group gets vLLM's custom all-reduce. Its own check of the GPUs is of the host's first
+        # ones, whichever the group has.
+        name = "ulysses_tp" if why_not_direct() is None else "ulysses_rows"
+        tp_group = _new_group(dims.tp_groups, dims.world, name) if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
         self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
         if debug_wanted():
