@@ -271,6 +271,7 @@ def everything_unsupported(name):
             runner_type="pooling", is_moe=True, quantization="fp8", architecture="Olmo2ForCausalLM",
             enable_return_routed_experts=True,
         ),
+        quant_config=SimpleNamespace(activation_scheme="dynamic", weight_block_size=None),
         additional_config={"shift_parallel": {"tensor_parallel_size": 2}},
     )  # fmt: skip
     return {"model": model, "engine": engine}[name]
@@ -295,7 +296,7 @@ def test_what_was_tried_on_the_cpu_only_is_refused_on_cuda():
 def test_every_row_of_the_table_refuses(table, name, monkeypatch):
     for variable in (
         "BATCH_INVARIANT", "LORA_ENABLE_DUAL_STREAM", "TUNED_CONFIG_FOLDER", "MOE_SKIP_PADDING", "USE_NCCL_SYMM_MEM",
-        "ALLREDUCE_USE_FLASHINFER",
+        "ALLREDUCE_USE_FLASHINFER", "USE_BREAKABLE_CUDAGRAPH",
     ):  # fmt: skip
         monkeypatch.setenv(f"VLLM_{variable}", "1")
     config = everything_unsupported(name)
@@ -305,6 +306,24 @@ def test_every_row_of_the_table_refuses(table, name, monkeypatch):
         with pytest.raises(ValueError, match=re.escape(limit.name)) as error:
             limits.check((limit,), config)
         assert limit.instead in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "method", "refused"),
+    [
+        ({"activation_scheme": "dynamic", "weight_block_size": None}, "fp8", True),
+        ({"activation_scheme": "static", "weight_block_size": None}, "fp8", False),
+        ({"activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "fp8", False),
+        ({}, "fp8_per_tensor", True),
+        ({}, "compressed-tensors", False),
+    ],
+)
+def test_experts_with_one_scale_for_all_tokens_are_refused(quantization, method, refused):
+    config = everything_unsupported("engine")
+    config.quant_config, config.model_config.quantization = SimpleNamespace(**quantization), method
+    for config.model_config.is_moe in (True, False):
+        found = [limit.name for limit in limits.ENGINE_LIMITS if limit.found(config)]
+        assert any("one FP8 scale" in name for name in found) == (refused and config.model_config.is_moe)
 
 
 def test_an_all_reduce_that_knows_one_group_only_is_refused_where_there_is_a_second(monkeypatch):

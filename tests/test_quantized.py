@@ -19,6 +19,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel impo
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
+from vllm.model_executor.warmup import deep_gemm_warmup
 from vllm.platforms import PlatformEnum
 
 from vllm_shift import layers
@@ -198,6 +199,17 @@ def test_one_copy_where_the_format_can_be_sliced(form, kind):
     assert same == one_copy
     assert layer.second_copy >= (0 if one_copy else layer.weight.numel())
     assert (layer.second_copy == 0) == one_copy
+
+
+def test_vllm_may_warm_up_the_kernels_of_both_modes_once_weights_are_loaded():
+    layer = make("gate_up", "fp8-block", 2, 0, SimpleNamespace(dims=ParallelDims(2, 1, 0), in_sp=False))
+    # Before, what processes all modules with a method must not see the one that processed itself.
+    assert layer.whole.quant_method is None
+    assert not deep_gemm_warmup._fp8_linear_may_use_deep_gemm(layer.whole)
+    layer.whole.finish()
+    weight, _, blocks = deep_gemm_warmup._extract_data_from_linear_base_module(layer.whole)
+    assert weight is layer.whole.weight
+    assert blocks == [BLOCK, BLOCK]
 
 
 @pytest.mark.parametrize("form", ["fp8-channel", "int4"])

@@ -343,3 +343,12 @@ def test_what_graphs_read_is_noted_for_sp_mode_too(monkeypatch):
         assert capture_model() == 7
         noted = ["begin on the stream", "capture", "note what the graphs read"]
         assert events == (noted if tp_group else ["capture"])
+
+
+def test_a_model_that_needs_reduce_scatters_does_not_start_without_them(monkeypatch):
+    monkeypatch.setattr(switch_module, "register_group", lambda group: "sp")
+    monkeypatch.setattr(switch_module.current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(switch_module, "gathered_modules", lambda model: [("experts", nn.Identity())])
+    sp_group = SimpleNamespace(device_communicator=SimpleNamespace(pynccl_comm=SimpleNamespace(disabled=True)))
+    with pytest.raises(NotImplementedError, match="Model has layers.*unset VLLM_DISABLE_PYNCCL"):
+        ModeSwitch(ParallelDims(2, 1, 0), 8, sp_group, None).attach(Model(), VLLM_CONFIG)

@@ -99,6 +99,14 @@ def _tp_above_one(config: Any) -> bool:
     return degree > 1
 
 
+def _experts_share_a_scale(config: Any) -> bool:
+    """Whether experts quantize all tokens of a step with one scale, measured as they run (FP8, no blocks)."""
+    model, quantization = config.model_config, config.quant_config
+    blocks = getattr(quantization, "weight_block_size", None)
+    dynamic = getattr(quantization, "activation_scheme", "dynamic") == "dynamic"
+    return model.is_moe and model.quantization in ("fp8", "fp8_per_tensor") and dynamic and not blocks
+
+
 def _not_in(value: Any, allowed: tuple[str, ...]) -> Any:
     return None if str(value) in allowed else value
 
@@ -213,6 +221,12 @@ ENGINE_LIMITS = (
         "unset VLLM_MOE_SKIP_PADDING",
     ),
     Limit(
+        # Compiled, SP mode pads the tokens to a multiple of S, and what is in the padding would count.
+        "experts that quantize a step's tokens with one FP8 scale",
+        _experts_share_a_scale,
+        "use a checkpoint with scales by blocks, or one of compressed-tensors",
+    ),
+    Limit(
         "returning the experts that tokens were routed to",
         lambda config: config.model_config.enable_return_routed_experts,
         "leave out --enable-return-routed-experts",
@@ -245,6 +259,12 @@ ENGINE_LIMITS = (
         "FlashInfer's all-reduce with a tensor parallel size above 1",
         lambda config: _tp_above_one(config) and envs.VLLM_ALLREDUCE_USE_FLASHINFER,
         "unset VLLM_ALLREDUCE_USE_FLASHINFER",
+    ),
+    Limit(
+        # Not tried: both modes would run without vLLM's compilation.
+        "breakable CUDA graphs",
+        lambda config: envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
+        "unset VLLM_USE_BREAKABLE_CUDAGRAPH, or set it to 0 where vLLM chooses it for the model",
     ),
     Limit(
         # The model itself picks the rows that later layers see.

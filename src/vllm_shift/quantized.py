@@ -77,8 +77,9 @@ class WholeLinear(LinearBase):
             layer.quant_config,
             layer.prefix,
         )
-        # Under another name, because vLLM processes every module that has one under this.
-        self.method: Any = self.__dict__.pop("quant_method")
+        # Under another name until weights are loaded, because vLLM processes every module that has one under its own.
+        self.method: Any = self.quant_method
+        self.quant_method = None
         self.tp_size, self.tp_rank = dims.tp, dims.tp_rank
         self.allow_fp8_block_shape_mismatch = layer.allow_fp8_block_shape_mismatch
         in_slots, out_slots = (1, dims.sp) if column else (dims.sp, 1)
@@ -101,6 +102,10 @@ class WholeLinear(LinearBase):
         self.register_parameter("bias", bias)
         # Its weights come from the slots, also where vLLM quantizes them online.
         get_layerwise_info(self).reset()
+
+    def finish(self) -> None:
+        """When weights are loaded: vLLM sees a layer like its own, whose kernels it may warm up."""
+        self.quant_method = self.method
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product with ``x``, [n, input size of TP=T] or folded, in vLLM's own way: [n, output size of TP=T]."""

@@ -95,9 +95,14 @@ class ModeSwitch:
 
         Raises:
             NotImplementedError: the model has no attention layer to exchange at, or one of a kind that SP mode does not
-                know; or vLLM compiles it as a whole.
+                know; or vLLM compiles it as a whole; or it needs a reduce-scatter that vLLM does not do here.
         """
         self._gathers = [Gather(self, module) for _, module in gathered_modules(model)]
+        if self._gathers and current_platform.is_cuda() and self.sp_group.device_communicator.pynccl_comm.disabled:
+            raise NotImplementedError(
+                f"{type(model).__name__} has layers whose sums are reduce-scatters, for which vLLM needs its wrapper "
+                "of NCCL, and that is off: unset VLLM_DISABLE_PYNCCL, and VLLM_NCCL_SO_PATH if it is no NCCL library"
+            )
         inside = inside_gathered(model)
         layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
         layers = [layer for layer in layers if layer not in inside]

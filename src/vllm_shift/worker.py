@@ -26,6 +26,7 @@ from vllm_shift.limits import TESTED
 from vllm_shift.lora import attach_adapters
 from vllm_shift.metrics import open_counts
 from vllm_shift.owner import end_with_owner, end_within
+from vllm_shift.quantized import WholeLinear
 from vllm_shift.self_check import SelfCheck
 from vllm_shift.slots import Slots
 from vllm_shift.stats import StepCounter
@@ -117,6 +118,9 @@ class ShiftWorkerMixin(WorkerBase):
             # What encodes images and the like runs before the model's forward pass, so never in SP mode.
             stop_shifting(set(model.modules()) - set(model.get_language_model().modules()))
         check_layers(model)
+        for module in model.modules():
+            if isinstance(module, WholeLinear):
+                module.finish()
         if self.model_config.using_transformers_backend():
             unfold(model)
         if self.vllm_config.load_config.load_format == "dummy":
