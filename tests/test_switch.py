@@ -350,5 +350,5 @@ def test_a_model_that_needs_reduce_scatters_does_not_start_without_them(monkeypa
     monkeypatch.setattr(switch_module.current_platform, "is_cuda", lambda: True)
     monkeypatch.setattr(switch_module, "gathered_modules", lambda model: [("experts", nn.Identity())])
     sp_group = SimpleNamespace(device_communicator=SimpleNamespace(pynccl_comm=SimpleNamespace(disabled=True)))
-    with pytest.raises(NotImplementedError, match="Model has layers.*unset VLLM_DISABLE_PYNCCL"):
+    with pytest.raises(NotImplementedError, match=r"Model has layers.*unset VLLM_DISABLE_PYNCCL"):
         ModeSwitch(ParallelDims(2, 1, 0), 8, sp_group, None).attach(Model(), VLLM_CONFIG)
