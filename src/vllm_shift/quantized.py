@@ -78,8 +78,8 @@ class WholeLinear(LinearBase):
             layer.prefix,
         )
         # Under another name until weights are loaded, because vLLM processes every module that has one under its own.
-        self.method: Any = self.quant_method
-        self.quant_method = None
+        self.method: Any = self.__dict__.pop("quant_method")
+        self.quant_method: Any = None
         self.tp_size, self.tp_rank = dims.tp, dims.tp_rank
         self.allow_fp8_block_shape_mismatch = layer.allow_fp8_block_shape_mismatch
         in_slots, out_slots = (1, dims.sp) if column else (dims.sp, 1)
