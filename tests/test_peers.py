@@ -159,8 +159,7 @@ def try_to_connect(peers, monkeypatch, rendezvous, all_reduce, elsewhere=None, s
     all_ranks = SimpleNamespace(
         device_communicator=SimpleNamespace(ca_comm=all_reduce), world_size=2, cpu_group="all ranks"
     )
-    for module in (exchange, peers):
-        monkeypatch.setattr(module, "get_tp_group", lambda: all_ranks)
+    monkeypatch.setattr(peers, "get_tp_group", lambda: all_ranks)
     monkeypatch.setattr(peers.symmetric_memory, "empty", torch.empty)
     monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
     monkeypatch.setattr(peers.torch.distributed, "all_gather_object", all_gather_object)

@@ -20,7 +20,6 @@ from vllm_shift.dims import ParallelDims
 from vllm_shift.switch import ModeSwitch
 from vllm_shift.threshold import fit_to_graphs
 from vllm_shift.translate import graph_sizes
-from vllm_shift.worker import ShiftWorkerMixin
 
 # CUDA graph sizes of vLLM.
 STOCK_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
@@ -338,8 +337,8 @@ def test_what_graphs_read_is_noted_for_sp_mode_too(monkeypatch):
         (ParallelDims(2, 1, 0), None),
     ):
         events.clear()
-        worker = SimpleNamespace(switch=ModeSwitch(dims, 8, SimpleNamespace(), tp_group))
-        capture_model = ShiftWorkerMixin._capture_both_modes(worker, lambda: events.append("capture") or 7)
+        switch = ModeSwitch(dims, 8, SimpleNamespace(), tp_group)
+        capture_model = switch.graph_capture()(lambda: events.append("capture") or 7)
         assert capture_model() == 7
         noted = ["begin on the stream", "capture", "note what the graphs read"]
         assert events == (noted if tp_group else ["capture"])

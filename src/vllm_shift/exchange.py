@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch.distributed import all_to_all_single
-from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
+from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -49,12 +49,13 @@ def use_peers(group: GroupCoordinator, peers: "PeerMemory") -> None:
     _peers[group] = peers
 
 
-def why_not_direct() -> str | None:
+def why_not_direct(all_ranks: GroupCoordinator) -> str | None:
     """Why GPUs do not reach each other's memory directly, for the log; None where they do.
 
-    They do where vLLM's custom all-reduce runs: on one host, with NVLink between all ranks of vLLM's TP group.
+    They do where vLLM's custom all-reduce runs: on one host, with NVLink between all ranks of vLLM's TP group, the
+    argument.
     """
-    custom_all_reduce = getattr(get_tp_group().device_communicator, "ca_comm", None)
+    custom_all_reduce = getattr(all_ranks.device_communicator, "ca_comm", None)
     if custom_all_reduce is None or custom_all_reduce.disabled:
         return "vLLM's custom all-reduce is off"
     if not custom_all_reduce.fully_connected:

@@ -265,7 +265,8 @@ def _share_memory(
     group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig
 ) -> str | None:
     """As ``connect``; returns why it cannot be, the same on all ranks of all SP groups."""
-    if (problem := why_not_direct()) is not None:
+    all_ranks = get_tp_group()
+    if (problem := why_not_direct(all_ranks)) is not None:
         return problem
     # The default, unless set; with another one the barrier may do nothing.
     if (backend := symmetric_memory.get_backend(group.device)) not in (None, "CUDA"):
@@ -273,7 +274,6 @@ def _share_memory(
     compilation: Any = vllm_config.compilation_config
     # Where attention is compiled together with what follows, Inductor would reuse the memory of its inputs.
     keeps = compilation.splitting_ops_contain_attention() and not compilation.use_inductor_graph_partition
-    all_ranks = get_tp_group()
     problems: list[str | None] = [None] * all_ranks.world_size
     try:
         peers = PeerMemory(group, layers, rows, vllm_config.model_config.dtype, keeps)

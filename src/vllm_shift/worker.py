@@ -62,11 +62,12 @@ class ShiftWorkerMixin(WorkerBase):
         super().init_device()
         self.shift_config = ShiftConfig.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         # Within its pipeline stage; vLLM's TP group is all ranks of the stage.
-        dims = self.shift_config.dims(get_tp_group().rank_in_group)
+        all_ranks = get_tp_group()
+        dims = self.shift_config.dims(all_ranks.rank_in_group)
         sp_group = _new_group(dims.sp_groups, dims.world, "ulysses_sp")
         # With "tp" in its name a group gets vLLM's custom all-reduce. Its own check of the GPUs is of the host's first
         # ones, whichever the group has.
-        name = "ulysses_tp" if why_not_direct() is None else "ulysses_rows"
+        name = "ulysses_tp" if why_not_direct(all_ranks) is None else "ulysses_rows"
         tp_group = _new_group(dims.tp_groups, dims.world, name) if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
         self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
@@ -166,7 +167,8 @@ class ShiftWorkerMixin(WorkerBase):
             self._run_largest_step(in_sp=True)
             self.switch.max_tp_tokens = calibrate(self.model_runner, self.switch, self.vllm_config)
         # There, and not around all of it: the stock worker runs steps once it has captured them.
-        with _replaced(self.model_runner, "capture_model", self._capture_both_modes(self.model_runner.capture_model)):
+        capture_model = self.switch.graph_capture()(self.model_runner.capture_model)
+        with _replaced(self.model_runner, "capture_model", capture_model):
             times = super().compile_or_warm_up_model()
         if self.shift_config.self_check:
             checked = SelfCheck(self, super().execute_model).run()
@@ -177,13 +179,6 @@ class ShiftWorkerMixin(WorkerBase):
                 )
         self.shift_counter.start(self.switch.max_tp_tokens)
         return times
-
-    def _capture_both_modes(self, stock_capture_model: Callable[[], int]) -> Callable[[], int]:
-        def capture_model() -> int:
-            with self.switch.graph_capture():
-                return stock_capture_model()
-
-        return capture_model
 
     def _fit_threshold_to_graphs(self) -> None:
         # With speculative decoding vLLM's V1 model runner has made CUDA graph sizes multiples of a request's tokens.
