@@ -1,15 +1,11 @@
 """The pass that lets the exchange after attention and the product after it run as one op, on small graphs."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from test_exchange import PlainPeers, SimpleGroup
 from torch import fx
-from vllm.platforms import current_platform
 
 from vllm_shift import exchange
-from vllm_shift.compiled import config_of_twin
 from vllm_shift.layers import Slotted
 from vllm_shift.overlap import OverlapPass
 
@@ -50,18 +46,3 @@ def test_only_an_exchange_for_one_product_becomes_one_with_it(bias, read_twice, 
     targets = {node.target for node in graph.nodes}
     assert (torch.ops.vllm_shift.peers_heads_to_product.default in targets) is becomes_one
     assert (torch.ops.vllm_shift.folded_linear.default in targets) is not becomes_one
-
-
-def test_a_pass_of_the_users_own_stays(caplog_vllm):
-    key, theirs = current_platform.pass_key, object()
-    found = []
-    for passes in ({}, {key: theirs}):
-        compilation = SimpleNamespace(cache_dir="", inductor_compile_config=passes)
-        config = SimpleNamespace(compilation_config=compilation, additional_config={"shift_parallel": {}})
-        twin = config_of_twin(config, through_peers=True)
-        found.append(twin.compilation_config.inductor_compile_config[key])
-        assert ("in the place of OverlapPass" in caplog_vllm.text) is bool(passes)
-        assert compilation.inductor_compile_config is passes
-        assert passes in ({}, {key: theirs})
-    assert isinstance(found[0], OverlapPass)
-    assert found[1] is theirs

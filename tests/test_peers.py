@@ -9,7 +9,6 @@ import torch
 from test_exchange import SimpleGroup, tagged
 
 from vllm_shift import exchange
-from vllm_shift.compiled import config_of_twin
 
 pytest.importorskip("triton")
 
@@ -207,15 +206,6 @@ def test_what_would_spoil_memory_is_refused(peers, monkeypatch):
         memory.heads_to_tokens(torch.zeros(8, 2 * V))
     with pytest.raises(AssertionError, match="float64"):
         memory.tokens_to_heads(q, k, v.double())
-
-
-def test_traces_of_both_ways_have_caches_of_their_own():
-    compilation = SimpleNamespace(cache_dir="cache", inductor_compile_config={}, compile_sizes=[8])
-    config = SimpleNamespace(compilation_config=compilation, additional_config={"shift_parallel": {}})
-    twins = [config_of_twin(config, through_peers) for through_peers in (False, True)]
-    assert len({twin.compilation_config.cache_dir for twin in [config, *twins]}) == 3
-    assert len({str(twin.additional_config) for twin in [config, *twins]}) == 3
-    assert [twin.compilation_config.compile_sizes for twin in [config, *twins]] == [[8], [], []]
 
 
 def test_what_is_sent_is_there_before_it_is_read(peers, monkeypatch):

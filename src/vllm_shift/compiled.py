@@ -15,7 +15,7 @@ from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_shift.config import CONFIG_KEY
+from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.overlap import OverlapPass
 
 logger = init_logger(f"vllm.{__name__}")
@@ -70,8 +70,15 @@ def config_of_twin(vllm_config: VllmConfig, through_peers: bool) -> Any:
     if compilation.cache_dir:
         # A directory of the user's own takes the place of vLLM's, which the hash of the config names.
         compilation.cache_dir = os.path.join(compilation.cache_dir, trace)
-    # Sizes that the user has compiled on their own are rows of TP mode.
+    settings = vllm_config.additional_config
+    dims = ShiftConfig.from_dict(settings[CONFIG_KEY]).dims(0)
+    # Sizes and ranges that are compiled for themselves are rows of TP mode; SP mode has one range, of padded rows.
     compilation.compile_sizes = []
+    rows = dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens) * dims.sp
+    compilation.compile_ranges_endpoints = [rows]
+    # vLLM fuses sums over all ranks only, of which SP mode has none.
+    compilation.pass_config = copy.copy(compilation.pass_config)
+    compilation.pass_config.fuse_allreduce_rms = False
     if through_peers:
         # vLLM has one place for it, where a pass of the user's own stays.
         passes = {current_platform.pass_key: OverlapPass()}
@@ -81,7 +88,6 @@ def config_of_twin(vllm_config: VllmConfig, through_peers: bool) -> Any:
                 "SP mode will be slower."
             )
         compilation.inductor_compile_config = passes | compilation.inductor_compile_config
-    settings = vllm_config.additional_config
     config.additional_config = settings | {CONFIG_KEY: settings[CONFIG_KEY] | {"trace": trace}}
     return config
 

@@ -128,4 +128,5 @@ def _path(vllm_config: Any, engine: int) -> Path:
 
 
 def _map(path: Path) -> NDArray[np.void]:
-    return np.memmap(path, dtype=COUNTS, mode="r+", shape=(1,))
+    # A plain view of it: steps count in it, and every access of a memmap makes another memmap.
+    return np.asarray(np.memmap(path, dtype=COUNTS, mode="r+", shape=(1,)))

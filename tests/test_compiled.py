@@ -1,0 +1,59 @@
+"""The config that SP mode's traces are compiled with."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.config import CompilationConfig, PassConfig
+from vllm.platforms import current_platform
+
+from vllm_shift.compiled import config_of_twin
+from vllm_shift.config import CONFIG_KEY, ShiftConfig
+from vllm_shift.overlap import OverlapPass
+
+
+def config_with(compilation, most_tokens=8192, **sizes):
+    return SimpleNamespace(
+        compilation_config=compilation,
+        additional_config={CONFIG_KEY: ShiftConfig(**sizes).to_dict()},
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=most_tokens),
+    )
+
+
+def test_traces_of_both_ways_have_caches_of_their_own():
+    config = config_with(CompilationConfig(cache_dir="cache"))
+    everyone = [config, *(config_of_twin(config, through_peers) for through_peers in (False, True))]
+    assert len({each.compilation_config.cache_dir for each in everyone}) == 3
+    assert len({str(each.additional_config) for each in everyone}) == 3
+
+
+def test_what_is_compiled_for_rows_of_tp_mode_stays_there():
+    passes = PassConfig(fuse_allreduce_rms=True)
+    stock = CompilationConfig(compile_sizes=[8], compile_ranges_endpoints=[256, 8192], pass_config=passes)
+    twin = config_of_twin(config_with(stock), through_peers=False).compilation_config
+    assert (twin.compile_sizes, twin.compile_ranges_endpoints) == ([], [8192])
+    assert not twin.pass_config.fuse_allreduce_rms
+    assert (stock.compile_sizes, stock.compile_ranges_endpoints) == ([8], [256, 8192])
+    assert stock.pass_config.fuse_allreduce_rms
+
+
+@pytest.mark.parametrize(("sp", "tp", "most_tokens", "rows"), [(2, 2, 2047, 2048), (3, 1, 8192, 8193)])
+def test_a_trace_is_for_all_rows_of_the_largest_step(sp, tp, most_tokens, rows):
+    stock = CompilationConfig(compile_ranges_endpoints=[most_tokens])
+    config = config_with(stock, most_tokens, ulysses_sequence_parallel_size=sp, tensor_parallel_size=tp)
+    (only,) = config_of_twin(config, through_peers=False).compilation_config.get_compile_ranges()
+    assert (only.start, only.end) == (1, rows)
+
+
+def test_a_pass_of_the_users_own_stays(caplog_vllm):
+    key, theirs = current_platform.pass_key, object()
+    found = []
+    for passes in ({}, {key: theirs}):
+        compilation = CompilationConfig()
+        compilation.inductor_compile_config = passes
+        twin = config_of_twin(config_with(compilation), through_peers=True)
+        found.append(twin.compilation_config.inductor_compile_config[key])
+        assert ("in the place of OverlapPass" in caplog_vllm.text) is bool(passes)
+        assert compilation.inductor_compile_config is passes
+        assert passes in ({}, {key: theirs})
+    assert isinstance(found[0], OverlapPass)
+    assert found[1] is theirs
