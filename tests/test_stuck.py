@@ -10,7 +10,7 @@ from torch import nn
 
 from vllm_shift.failure import describe_step
 from vllm_shift.stuck import StuckStepWatch
-from vllm_shift.timing import ClockMark
+from vllm_shift.timing import CpuDevice
 
 LIMIT = 0.5
 
@@ -26,14 +26,14 @@ class Layer(nn.Module):
         self._released.wait(30)
 
 
-class BusyDevice(ClockMark):
-    def has_passed(self) -> bool:
+class BusyDevice(CpuDevice):
+    def is_idle(self) -> bool:
         return False
 
 
 @contextmanager
-def watch(mark=ClockMark):
-    found = StuckStepWatch(3, mark, LIMIT)
+def watch(device=CpuDevice):
+    found = StuckStepWatch(3, device, LIMIT)
     yield found
     found.close()
 
@@ -76,8 +76,17 @@ def test_a_step_whose_device_does_not_come_to_its_end(caplog_vllm):
     assert "it is on the device, after the call that launched it" in caplog_vllm.text
 
 
-def test_nothing_is_said_of_steps_that_end_or_fail(caplog_vllm):
-    with watch() as found:
+class NearlyIdleDevice(CpuDevice):
+    def __init__(self):
+        self._answers = iter([False])
+
+    def is_idle(self) -> bool:
+        return next(self._answers, True)
+
+
+@pytest.mark.parametrize("device", [CpuDevice, NearlyIdleDevice])
+def test_nothing_is_said_of_steps_that_end_or_fail(device, caplog_vllm):
+    with watch(device) as found:
         with found.step(describe_step(64, 32)):
             pass
         time.sleep(2 * LIMIT)
@@ -87,14 +96,14 @@ def test_nothing_is_said_of_steps_that_end_or_fail(caplog_vllm):
     assert caplog_vllm.messages == []
 
 
-class BrokenDevice(ClockMark):
-    def has_passed(self) -> bool:
+class BrokenDevice(CpuDevice):
+    def is_idle(self) -> bool:
         raise RuntimeError("CUDA error")
 
 
-@pytest.mark.parametrize(("mark", "ends"), [(ClockMark, True), (BusyDevice, False), (BrokenDevice, True)])
-def test_whether_the_device_ends(mark, ends):
-    with watch(mark) as found:
+@pytest.mark.parametrize(("device", "ends"), [(CpuDevice, True), (BusyDevice, False), (BrokenDevice, True)])
+def test_whether_the_device_ends(device, ends):
+    with watch(device) as found:
         assert found.device_ends_within(0.05)  # no step has run
         with contextlib.suppress(ZeroDivisionError), found.step(describe_step(64, 32)):
             raise ZeroDivisionError

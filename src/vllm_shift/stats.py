@@ -57,6 +57,8 @@ class StepCounter:
     def __init__(self, mark: Callable[[], Mark], counts: NDArray[np.void] | None = None) -> None:
         self._counts = np.zeros(1, COUNTS) if counts is None else counts
         self._modes = self._counts["modes"][0]
+        # Views, because every step counts.
+        self._steps, self._tokens = self._modes["steps"], self._modes["tokens"]
         self._mark = None if counts is None else mark
         self._log = counts is not None
         self._timer: Timer | None = None
@@ -74,8 +76,8 @@ class StepCounter:
     def step(self, in_sp: bool, num_tokens: int) -> Iterator[None]:
         """Count the step of ``num_tokens`` scheduled tokens that runs inside, and time it."""
         mode = int(in_sp)
-        self._modes["steps"][mode] += 1
-        self._modes["tokens"][mode] += num_tokens
+        self._steps[mode] += 1
+        self._tokens[mode] += num_tokens
         if self._last_mode not in (None, mode):
             self._counts["mode_changes"] += 1
         self._last_mode = mode

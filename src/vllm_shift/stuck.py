@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from vllm.logger import init_logger
 
 from vllm_shift.failure import layer_of
-from vllm_shift.timing import Mark
+from vllm_shift.timing import Device
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -23,15 +23,8 @@ class _Step:
     began: float
     thread: int
     description: str
-    end: Mark | None = None
+    has_returned: bool = False
     looked_at: bool = False
-
-    def has_ended(self) -> bool:
-        """Whether the call has returned and the device has come to its end."""
-        if self.end is None:
-            return False
-        with self.end.on_device():
-            return self.end.has_passed()
 
 
 class StuckStepWatch:
@@ -39,40 +32,41 @@ class StuckStepWatch:
 
     Args:
         rank: of this process.
-        mark: makes a mark of time; a GPU may still be busy when the call of a step has returned.
+        device: makes what says whether the device is busy, which it may be when the call of a step has returned; called
+            where the steps are.
         limit: seconds after which vLLM gives a step up; a step is reported after four fifths of them.
     """
 
-    def __init__(self, rank: int, mark: Callable[[], Mark], limit: float) -> None:
-        self._rank, self._mark, self._limit = rank, mark, limit
+    def __init__(self, rank: int, device: Callable[[], Device], limit: float) -> None:
+        self._rank, self._make_device, self._limit = rank, device, limit
+        self._device: Device | None = None
         self._step: _Step | None = None
-        self._has_run = False
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="StuckStepWatch", daemon=True).start()
 
     @contextmanager
     def step(self, description: str) -> Iterator[None]:
         """Watch the step, or the part of it, that runs inside, until its end on the device or until the next one."""
-        self._has_run = True
+        if self._device is None:
+            self._device = self._make_device()
         step = self._step = _Step(time.monotonic(), threading.get_ident(), description)
         try:
             yield
         except BaseException:
             self._step = None
             raise
-        step.end = self._mark()
+        step.has_returned = True
 
     def device_ends_within(self, seconds: float) -> bool:
-        """Whether the device comes to the end of its work in so many seconds; called where the steps are.
+        """Whether the device comes to the end of its work in so many seconds.
 
         True, too, where nothing can be said: before the first step and on a broken device.
         """
-        if not self._has_run:
+        if self._device is None:
             return True
         end = time.monotonic() + seconds
         with suppress(RuntimeError):
-            mark = self._mark()
-            while not mark.has_passed():
+            while not self._device.is_idle():
                 if time.monotonic() > end:
                     return False
                 time.sleep(0.01)
@@ -89,12 +83,14 @@ class StuckStepWatch:
             if step is None or step.looked_at or time.monotonic() - step.began < after:
                 continue
             step.looked_at = True
-            if not step.has_ended():
+            if step.has_returned and self.device_ends_within(self._limit / 50):
+                continue
+            if step is self._step:  # else the device may be busy with the next one
                 self._report(step, after)
 
     def _report(self, step: _Step, seconds: float) -> None:
         where = "on the device, after the call that launched it"
-        if step.end is None and (frame := sys._current_frames().get(step.thread)):
+        if not step.has_returned and (frame := sys._current_frames().get(step.thread)):
             innermost, layer = frame.f_code.co_qualname, layer_of(frame)
             while layer is None and (frame := frame.f_back):
                 layer = layer_of(frame)

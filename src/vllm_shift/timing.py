@@ -1,7 +1,6 @@
-"""Two points of a step and the time between them, found without waiting for the device."""
+"""Two points of a step and the time between them, and whether the device is busy, found without waiting for it."""
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +14,6 @@ class Mark(Protocol):
 
     def seconds_since(self, start: Any) -> float:
         """Seconds from an earlier mark of the same kind to this one; only for marks that have passed."""
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """For a thread that has not chosen a device and asks for the time."""
 
 
 class ClockMark:
@@ -33,10 +29,6 @@ class ClockMark:
     def seconds_since(self, start: "ClockMark") -> float:
         """As ``Mark``."""
         return self._now - start._now
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """There is no other device."""
-        return nullcontext()
 
 
 class CudaMark:
@@ -58,6 +50,34 @@ class CudaMark:
         """As ``Mark``."""
         return float(start._event.elapsed_time(self._event)) / 1000
 
-    def on_device(self) -> AbstractContextManager[Any]:
-        """Without this, CUDA gives such a thread a context on the first GPU, with memory of its own."""
-        return torch.cuda.device(self._event.device)
+
+class Device(Protocol):
+    """What the thread that makes this gives its work to."""
+
+    def is_idle(self) -> bool:
+        """Whether all of that work is done; asks, in any thread, and does not wait."""
+
+
+class CpuDevice:
+    """The process itself."""
+
+    def is_idle(self) -> bool:
+        """Always, once a call has returned."""
+        return True
+
+
+class CudaDevice:
+    """The current stream of a GPU."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.current_stream()
+
+    def is_idle(self) -> bool:
+        """As ``Device``.
+
+        Raises:
+            RuntimeError: the GPU has failed.
+        """
+        # Without this, CUDA gives a thread without a device a context on the first GPU, with memory of its own.
+        with torch.cuda.device(self._stream.device):
+            return bool(self._stream.query())

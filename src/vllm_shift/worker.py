@@ -33,7 +33,7 @@ from vllm_shift.stats import StepCounter
 from vllm_shift.stuck import StuckStepWatch
 from vllm_shift.switch import ModeSwitch
 from vllm_shift.threshold import fit_to_graphs
-from vllm_shift.timing import ClockMark, CudaMark
+from vllm_shift.timing import ClockMark, CpuDevice, CudaDevice, CudaMark
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -44,13 +44,13 @@ class ShiftWorkerMixin(WorkerBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # What shutdown closes is here, because init_device may fail and shutdown comes nevertheless.
-        mark = CudaMark if current_platform.is_cuda() else ClockMark
+        mark, device = (CudaMark, CudaDevice) if current_platform.is_cuda() else (ClockMark, CpuDevice)
         counts = open_counts(self.vllm_config) if self.rank == 0 else None
         self.shift_counter = StepCounter(mark, counts)
         self._shift_groups: list[GroupCoordinator] = []
         self._step_check: StepCheck | None = None
         self._step = "A step of the self-check"
-        self._watch = StuckStepWatch(self.rank, mark, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+        self._watch = StuckStepWatch(self.rank, device, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
         end_with_owner()
 
     def init_device(self) -> None:
