@@ -19,17 +19,18 @@ def config_with(compilation, most_tokens=8192, **sizes):
     )
 
 
-def test_traces_of_both_ways_have_caches_of_their_own():
+def test_every_trace_has_a_cache_of_its_own():
     config = config_with(CompilationConfig(cache_dir="cache"))
-    everyone = [config, *(config_of_twin(config, through_peers) for through_peers in (False, True))]
-    assert len({each.compilation_config.cache_dir for each in everyone}) == 3
-    assert len({str(each.additional_config) for each in everyone}) == 3
+    traced = [(False, ""), (True, ""), (False, "ulysses_rows:0"), (False, "ulysses_tp:0"), (True, "ulysses_tp:0")]
+    everyone = [config, *(config_of_twin(config, *each) for each in traced)]
+    assert len({each.compilation_config.cache_dir for each in everyone}) == 6
+    assert len({str(each.additional_config) for each in everyone}) == 6
 
 
 def test_what_is_compiled_for_rows_of_tp_mode_stays_there():
     passes = PassConfig(fuse_allreduce_rms=True)
     stock = CompilationConfig(compile_sizes=[8], compile_ranges_endpoints=[256, 8192], pass_config=passes)
-    twin = config_of_twin(config_with(stock), through_peers=False).compilation_config
+    twin = config_of_twin(config_with(stock), through_peers=False, tp_group="").compilation_config
     assert (twin.compile_sizes, twin.compile_ranges_endpoints) == ([], [8192])
     assert not twin.pass_config.fuse_allreduce_rms
     assert (stock.compile_sizes, stock.compile_ranges_endpoints) == ([8], [256, 8192])
@@ -40,7 +41,7 @@ def test_what_is_compiled_for_rows_of_tp_mode_stays_there():
 def test_a_trace_is_for_all_rows_of_the_largest_step(sp, tp, most_tokens, rows):
     stock = CompilationConfig(compile_ranges_endpoints=[most_tokens])
     config = config_with(stock, most_tokens, ulysses_sequence_parallel_size=sp, tensor_parallel_size=tp)
-    (only,) = config_of_twin(config, through_peers=False).compilation_config.get_compile_ranges()
+    (only,) = config_of_twin(config, through_peers=False, tp_group="").compilation_config.get_compile_ranges()
     assert (only.start, only.end) == (1, rows)
 
 
@@ -50,7 +51,7 @@ def test_a_pass_of_the_users_own_stays(caplog_vllm):
     for passes in ({}, {key: theirs}):
         compilation = CompilationConfig()
         compilation.inductor_compile_config = passes
-        twin = config_of_twin(config_with(compilation), through_peers=True)
+        twin = config_of_twin(config_with(compilation), through_peers=True, tp_group="")
         found.append(twin.compilation_config.inductor_compile_config[key])
         assert ("in the place of OverlapPass" in caplog_vllm.text) is bool(passes)
         assert compilation.inductor_compile_config is passes

@@ -193,6 +193,22 @@ def test_settings_in_additional_config_equal_flags(llama):
     assert stock.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
 
 
+def test_the_compile_cache_tells_engines_apart(llama, tmp_path, monkeypatch):
+    def cache(**settings):
+        config = create(llama, compilation_config={"cache_dir": str(tmp_path)}, **settings)
+        return config.compilation_config.cache_dir, config.compute_hash()
+
+    engines = [{"tensor_parallel_size": 4}, SHIFT, SHIFT | {"tensor_parallel_size": 2}]
+    found = [cache(**settings) for settings in engines]
+    assert found == [cache(**settings) for settings in engines]
+    assert found[0][0] == str(tmp_path)
+    assert all(folder.startswith(str(tmp_path)) for folder, _ in found)
+    # The layout of weights may be another one after an upgrade.
+    monkeypatch.setattr(translate, "_code_hash", lambda: "other")
+    found.append(cache(**SHIFT))
+    assert len({folder for folder, _ in found}) == len({config_hash for _, config_hash in found}) == 4
+
+
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 
 BAD = [
@@ -258,7 +274,9 @@ def everything_unsupported(name):
             **{f"{size}_parallel_size": 2 for size in sizes}, enable_eplb=True, use_ubatching=True,
             distributed_executor_backend="uni",
         ),
-        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True), mode=1),
+        compilation_config=SimpleNamespace(
+            pass_config=SimpleNamespace(enable_sp=True), mode=1, dynamic_shapes_config=SimpleNamespace(type="unbacked")
+        ),
         lora_config=SimpleNamespace(fully_sharded_loras=True), speculative_config=speculative,
         weight_transfer_config=SimpleNamespace(backend="sparse_nccl"),
         cache_config=SimpleNamespace(

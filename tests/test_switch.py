@@ -243,7 +243,9 @@ def twins(monkeypatch):
     events = []
     swaps = SimpleNamespace(swap_in=lambda: events.append("in"), swap_out=lambda: events.append("out"))
     monkeypatch.setattr(
-        switch_module, "CompiledTwins", lambda model, config, through_peers: events.append(through_peers) or swaps
+        switch_module,
+        "CompiledTwins",
+        lambda model, config, through_peers, tp_group: events.append(through_peers) or swaps,
     )
     return events
 

@@ -235,7 +235,13 @@ ENGINE_LIMITS = (
     Limit(
         "vLLM's sequence parallelism pass",
         lambda config: config.compilation_config.pass_config.enable_sp,
-        "leave out pass_config.enable_sp",
+        "leave out pass_config.enable_sp and pass_config.fuse_gemm_comms",
+    ),
+    Limit(
+        # Models then say that there are as many tokens as positions, of which SP mode has one for each slot.
+        "unbacked dynamic shapes",
+        lambda config: config.compilation_config.dynamic_shapes_config.type == "unbacked",
+        "leave dynamic_shapes_config.type at backed",
     ),
     Limit(
         "torch.compile without vLLM's own pipeline",

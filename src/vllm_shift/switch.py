@@ -121,7 +121,8 @@ class ModeSwitch:
             from vllm_shift.peers import connect
 
             self.through_peers = connect(self.sp_group, layers, self._most_rows * self.dims.sp, vllm_config)
-        self._twins = CompiledTwins(model, vllm_config, self.through_peers)
+        tp_group = "" if self._tp_group is None else self._tp_group.unique_name
+        self._twins = CompiledTwins(model, vllm_config, self.through_peers, tp_group)
         self._buffers: dict[str, torch.Tensor] = {}
         # A plain bool, because the hooks of attention layers are traced.
         self._keep_padding = bool(self._twins)

@@ -5,8 +5,10 @@ all ranks. What makes it shift is a dict in ``additional_config`` and the name o
 """
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm import envs
@@ -24,6 +26,9 @@ _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_shift.worker_cpu.ShiftCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "vllm_shift.worker_gpu.ShiftGPUWorker",
 }
+
+# In additional_config, of which vLLM's compile cache takes account.
+_CODE_KEY = "shift_parallel_code"
 
 
 def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +52,8 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     if not config.active:
         return stock_create(stock_args, *args, **kwargs)
     _check_devices(config.world_size * engine_args.pipeline_parallel_size * _local_engines(engine_args), engine_args)
-    stock_args.additional_config = (engine_args.additional_config or {}) | {CONFIG_KEY: config.to_dict()}
+    ours = {CONFIG_KEY: config.to_dict(), _CODE_KEY: _code_hash()}
+    stock_args.additional_config = (engine_args.additional_config or {}) | ours
 
     def create_model_config() -> Any:
         # Here rather than afterwards: vLLM would blame a TP degree that the user never gave.
@@ -69,6 +75,10 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     name_owner()
     _use_shift_worker(vllm_config.parallel_config)
     _set_graph_sizes(vllm_config, config, _chose_graph_sizes(engine_args))
+    if folder := vllm_config.compilation_config.cache_dir:
+        # What vLLM finds in a directory of the user's own it takes, whatever engine left it there.
+        of_this_engine = vllm_config.compute_hash()
+        vllm_config.compilation_config.cache_dir = os.path.join(folder, f"shift-{of_this_engine}")
     # Of several API server processes none has the engines; their parent does.
     if not engine_args.disable_log_stats and (engine_args._api_process_count == 1 or engine_args._api_process_rank < 0):
         publish(vllm_config)
@@ -95,6 +105,12 @@ def read_settings(engine_args: Any) -> ShiftConfig:
                 "give it once"
             )
     return ShiftConfig(**merged)
+
+
+def _code_hash() -> str:
+    """Of this package: vLLM's compile cache knows of files that are traced only, not of those that lay weights out."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]
 
 
 def _local_engines(engine_args: Any) -> int:
