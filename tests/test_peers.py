@@ -47,6 +47,8 @@ def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[Simpl
     def rendezvous(memory, name):
         direction = (memory.data_ptr() - places[int(name)].data_ptr()) // (1000 * memory.itemsize)
         return SimpleNamespace(
+            rank=int(name),
+            world_size=sp,
             buffer_ptrs=[place[direction].data_ptr() for place in places],
             barrier=lambda: None,
             get_buffer=lambda rank, shape, dtype: places[rank][direction][: shape.numel()].view(shape),
@@ -145,7 +147,12 @@ REASONS = {
     "PCIe": "there is no NVLink between all GPUs",
     "another backend": "PyTorch's symmetric memory has the backend NVSHMEM",
     "no handles": "the GPUs cannot share memory (no handles)",
+    "another group": "the GPUs cannot share memory (PyTorch takes sp for another group)",
 }
+
+
+def handle(rank=0, world_size=2):
+    return SimpleNamespace(rank=rank, world_size=world_size, buffer_ptrs=[0] * world_size, barrier=lambda: None)
 
 
 def try_to_connect(peers, monkeypatch, rendezvous, all_reduce, elsewhere=None, splits=True, partitions=False):
@@ -179,7 +186,7 @@ def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
     def rendezvous(memory, name):
         if case == "no handles":
             raise RuntimeError("no handles")
-        return SimpleNamespace(buffer_ptrs=[0], barrier=lambda: None)
+        return handle(world_size=3 if case == "another group" else 2)
 
     lines = []
     custom_all_reduce = SimpleNamespace(disabled=case == "it is disabled", fully_connected=case != "PCIe")
@@ -263,7 +270,7 @@ def test_all_ranks_of_a_group_exchange_in_the_same_way(peers, monkeypatch, split
     monkeypatch.setattr(peers.symmetric_memory, "get_backend", lambda device: None)
     all_reduce = SimpleNamespace(disabled=False, fully_connected=True)
     group, connected = try_to_connect(
-        peers, monkeypatch, lambda *args: SimpleNamespace(buffer_ptrs=[0]), all_reduce, elsewhere, splits, partitions
+        peers, monkeypatch, lambda *args: handle(), all_reduce, elsewhere, splits, partitions
     )
     assert connected is (elsewhere is None)
     assert (group in exchange._peers) is (elsewhere is None)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
@@ -304,6 +305,15 @@ def test_what_was_tried_on_the_cpu_only_is_refused_on_cuda():
         assert limit.found(config)
         config.device_config.device_type = "cpu"
         assert not limit.found(config)
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0", True), ("1", False)])
+def test_rays_older_executor_is_refused(version, refused, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", version)
+    config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend="ray"))
+    table = tuple(limit for limit in limits.ENGINE_LIMITS if limit.name.startswith("executors other than"))
+    with pytest.raises(ValueError, match="ray with VLLM_USE_RAY_V2") if refused else nullcontext():
+        limits.check(table, config)
 
 
 @pytest.mark.parametrize(

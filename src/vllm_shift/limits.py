@@ -111,6 +111,14 @@ def _not_in(value: Any, allowed: tuple[str, ...]) -> Any:
     return None if str(value) in allowed else value
 
 
+def _unknown_executor(config: Any) -> Any:
+    backend = config.parallel_config.distributed_executor_backend
+    if backend == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+        # It calls the model runner past the worker, and steps change their CUDA stream on the way.
+        return "ray with VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0"
+    return _not_in(backend, EXECUTORS)
+
+
 def _compiles_by_itself(config: Any) -> bool:
     mode, device = config.compilation_config.mode, config.device_config.device_type
     # DYNAMO_TRACE_ONCE is the CPU backend's default; on CUDA every step of SP mode would run uncompiled.
@@ -354,8 +362,8 @@ ENGINE_LIMITS = (
     ),
     Limit(
         "executors other than multiprocessing, Ray and external_launcher",
-        lambda config: _not_in(config.parallel_config.distributed_executor_backend, EXECUTORS),
-        "use --distributed-executor-backend mp or ray",
+        _unknown_executor,
+        "use --distributed-executor-backend mp or ray, and leave VLLM_USE_RAY_V2_EXECUTOR_BACKEND at 1",
     ),
     Limit(
         "platforms other than CUDA and CPU",

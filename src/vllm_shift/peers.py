@@ -101,6 +101,9 @@ class _Buffer:
     def __init__(self, elements: int, dtype: torch.dtype, group: GroupCoordinator) -> None:
         self._memory = symmetric_memory.empty(elements, dtype=dtype, device=group.device)
         self._handle = symmetric_memory.rendezvous(self._memory, group.device_group.group_name)
+        # PyTorch knows groups by names, which an earlier engine in this process may have used.
+        if (self._handle.rank, self._handle.world_size) != (group.rank_in_group, group.world_size):
+            raise RuntimeError(f"PyTorch takes {group.device_group.group_name} for another group")
         self._targets = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=group.device)
         self._rank, self._ranks = group.rank_in_group, group.world_size
         self._stream = torch.cuda.Stream(group.device)  # type: ignore[no-untyped-call]

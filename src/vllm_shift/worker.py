@@ -106,6 +106,7 @@ class ShiftWorkerMixin(WorkerBase):
             self.switch.early = problem is None
             if problem is not None and self.rank == 0:
                 logger.info("Shift Parallelism exchanges q, k and v before attention only: %s.", problem)
+        # After the stock worker's load_model: sleep mode gives back what is allocated there, and peers know addresses.
         self.switch.attach(model, self.vllm_config)
         if self.rank == 0:
             logger.info("%s", _describe(self.shift_config, model))
