@@ -151,8 +151,8 @@ REASONS = {
 }
 
 
-def handle(rank=0, world_size=2):
-    return SimpleNamespace(rank=rank, world_size=world_size, buffer_ptrs=[0] * world_size, barrier=lambda: None)
+def handle(world_size=2):
+    return SimpleNamespace(rank=0, world_size=world_size, buffer_ptrs=[0] * world_size, barrier=lambda: None)
 
 
 def try_to_connect(peers, monkeypatch, rendezvous, all_reduce, elsewhere=None, splits=True, partitions=False):

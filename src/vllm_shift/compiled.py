@@ -75,8 +75,8 @@ def config_of_twin(vllm_config: VllmConfig, through_peers: bool, tp_group: str) 
     dims = ShiftConfig.from_dict(settings[CONFIG_KEY]).dims(0)
     # Sizes and ranges that are compiled for themselves are rows of TP mode; SP mode has one range, of padded rows.
     compilation.compile_sizes = []
-    rows = dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens) * dims.sp
-    compilation.compile_ranges_endpoints = [rows]
+    most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    compilation.compile_ranges_endpoints = [dims.padded_tokens(most_tokens)]
     # vLLM fuses sums over all ranks only, of which SP mode has none.
     compilation.pass_config = copy.copy(compilation.pass_config)
     compilation.pass_config.fuse_allreduce_rms = False

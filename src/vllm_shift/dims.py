@@ -65,6 +65,10 @@ class ParallelDims:
         """Rows each rank holds in SP mode for a step of ``num_tokens`` tokens; the last rank's may be padding."""
         return -(-num_tokens // self.sp)
 
+    def padded_tokens(self, num_tokens: int) -> int:
+        """Rows of all ranks of an SP group for such a step, which are those of the folded view: n*S."""
+        return self.local_tokens(num_tokens) * self.sp
+
     def local_slice(self, num_tokens: int) -> slice:
         """Which tokens of such a step this rank holds in SP mode; it may reach beyond the last one."""
         rows = self.local_tokens(num_tokens)

@@ -115,12 +115,13 @@ class ModeSwitch:
             raise NotImplementedError(f"{type(model).__name__} has no attention layer that SP mode knows")
         unfolded = of_transformers or not layers or learns_positions(model)
         self.position_repeats = 1 if unfolded else self.dims.sp
-        self._most_rows = self.dims.local_tokens(vllm_config.scheduler_config.max_num_batched_tokens)
+        most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._most_rows = self.dims.local_tokens(most_tokens)
         if layers and current_platform.is_cuda():
             # Not at the top: the CPU backend has no Triton.
             from vllm_shift.peers import connect
 
-            self.through_peers = connect(self.sp_group, layers, self._most_rows * self.dims.sp, vllm_config)
+            self.through_peers = connect(self.sp_group, layers, self.dims.padded_tokens(most_tokens), vllm_config)
         tp_group = "" if self._tp_group is None else self._tp_group.unique_name
         self._twins = CompiledTwins(model, vllm_config, self.through_peers, tp_group)
         self._buffers: dict[str, torch.Tensor] = {}
@@ -246,7 +247,7 @@ class ModeSwitch:
         """The reverse of ``without_padding``."""
         if self._keep_padding:
             return x
-        rows = self.dims.local_tokens(self._num_tokens) * self.dims.sp
+        rows = self.dims.padded_tokens(self._num_tokens)
         return torch.cat((x, x.new_zeros(rows - len(x), *x.shape[1:])))
 
 
