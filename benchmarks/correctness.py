@@ -78,10 +78,7 @@ def main() -> None:
         llm = LLM(
             model=str(model),
             dtype=args.dtype,
-            max_model_len=4096,
-            enable_prefix_caching=False,
-            max_num_batched_tokens=1024,
-            **kwargs,
+            **{"max_model_len": 4096, "enable_prefix_caching": False, "max_num_batched_tokens": 1024} | kwargs,
         )
         params = SamplingParams(temperature=0.0, max_tokens=16, logprobs=0, prompt_logprobs=0, ignore_eos=True)
         inputs: Any = [{"prompt_token_ids": prompt} for prompt in prompts]

@@ -55,16 +55,19 @@ def microseconds(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def run_rank(rank: int, args: argparse.Namespace) -> None:
+def join(rank: int, args: argparse.Namespace) -> Group:
+    """The group of ``args.sp`` processes with a GPU each; ``rank`` is this one."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", rank=rank, world_size=args.sp, device_id=device)
-    sizes = SHAPES[args.shape]
+    return Group(world_size=args.sp, rank_in_group=rank, device=device, device_group=dist.group.WORLD, unique_name="sp")
+
+
+def run_rank(rank: int, args: argparse.Namespace) -> None:
+    group = join(rank, args)
+    device, sizes = group.device, SHAPES[args.shape]
     heads, kv_heads = (max(1, sizes[f"num_{kind}_heads"] // args.sp) for kind in ("attention", "key_value"))
-    group = Group(
-        world_size=args.sp, rank_in_group=rank, device=device, device_group=dist.group.WORLD, unique_name="sp"
-    )
     name, size = register_group(group), sizes["head_dim"]
     layer = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_size=size, head_size_v=size)
     use_peers(group, PeerMemory(group, [layer], max(args.tokens), torch.bfloat16, keeps=True))
