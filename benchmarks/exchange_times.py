@@ -70,7 +70,9 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
     heads, kv_heads = (max(1, sizes[f"num_{kind}_heads"] // args.sp) for kind in ("attention", "key_value"))
     name, size = register_group(group), sizes["head_dim"]
     layer = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_size=size, head_size_v=size)
-    use_peers(group, PeerMemory(group, [layer], max(args.tokens), torch.bfloat16, keeps=True))
+    peers = PeerMemory(group, [layer], max(args.tokens), torch.bfloat16, keeps=True)
+    peers.meet(group)
+    use_peers(group, peers)
 
     # Of the output projection, in the layout of the slots, and of q, k and v.
     hidden, widths = sizes["hidden_size"], (heads * size, kv_heads * size, kv_heads * size)

@@ -66,7 +66,9 @@ def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[Simpl
     ]  # fmt: skip
     for group in groups:
         exchange.register_group(group)
-        exchange.use_peers(group, peers.PeerMemory(group, [LAYER], rows * sp, torch.float32, keeps))
+        memory = peers.PeerMemory(group, [LAYER], rows * sp, torch.float32, keeps)
+        memory.meet(group)
+        exchange.use_peers(group, memory)
     return groups
 
 
@@ -148,6 +150,7 @@ REASONS = {
     "another backend": "PyTorch's symmetric memory has the backend NVSHMEM",
     "no handles": "the GPUs cannot share memory (no handles)",
     "another group": "the GPUs cannot share memory (PyTorch takes sp for another group)",
+    "no memory": "the GPUs cannot share memory (out of memory)",
 }
 
 
@@ -155,18 +158,21 @@ def handle(world_size=2):
     return SimpleNamespace(rank=0, world_size=world_size, buffer_ptrs=[0] * world_size, barrier=lambda: None)
 
 
-def try_to_connect(peers, monkeypatch, rendezvous, all_reduce, elsewhere=None, splits=True, partitions=False):
-    """A group of two ranks, and whether it exchanges through peers; ``elsewhere``: the problem of the other rank."""
+def try_to_connect(
+    peers, monkeypatch, rendezvous, all_reduce, elsewhere=(), splits=True, partitions=False, empty=torch.empty
+):
+    """A group of two ranks, and whether it exchanges through peers; ``elsewhere``: problems of the other rank."""
+    others = iter(elsewhere)
 
     def all_gather_object(problems, problem, group):
         assert group == "all ranks"  # one SP group with memory of its own and one without would do different things
-        problems[:] = [problem, elsewhere]
+        problems[:] = [problem, next(others, None)]
 
     all_ranks = SimpleNamespace(
         device_communicator=SimpleNamespace(ca_comm=all_reduce), world_size=2, cpu_group="all ranks"
     )
     monkeypatch.setattr(peers, "get_tp_group", lambda: all_ranks)
-    monkeypatch.setattr(peers.symmetric_memory, "empty", torch.empty)
+    monkeypatch.setattr(peers.symmetric_memory, "empty", empty)
     monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
     monkeypatch.setattr(peers.torch.distributed, "all_gather_object", all_gather_object)
     without_streams(monkeypatch)
@@ -188,13 +194,18 @@ def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
             raise RuntimeError("no handles")
         return handle(world_size=3 if case == "another group" else 2)
 
+    def empty(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
     lines = []
     custom_all_reduce = SimpleNamespace(disabled=case == "it is disabled", fully_connected=case != "PCIe")
     custom_all_reduce = None if case == "no custom all-reduce" else custom_all_reduce
     backend = "NVSHMEM" if case == "another backend" else "CUDA"
     monkeypatch.setattr(peers.symmetric_memory, "get_backend", lambda device: backend)
     monkeypatch.setattr(peers.logger, "info", lambda line, *args: lines.append(line % args))
-    group, connected = try_to_connect(peers, monkeypatch, rendezvous, custom_all_reduce)
+    group, connected = try_to_connect(
+        peers, monkeypatch, rendezvous, custom_all_reduce, empty=empty if case == "no memory" else torch.empty
+    )
     assert connected is (case == "works")
     assert (group in exchange._peers) is (case == "works")
     way = f"NCCL, as {REASONS[case]}." if REASONS[case] else "each other's memory."
@@ -265,14 +276,17 @@ def test_a_swap_is_for_so_many_bytes(peers, monkeypatch, bytes_more, swaps):
 @pytest.mark.parametrize(
     ("splits", "partitions", "keeps"), [(True, False, True), (True, True, False), (False, False, False)]
 )
-@pytest.mark.parametrize("elsewhere", [None, "the GPUs cannot share memory"])
+@pytest.mark.parametrize("elsewhere", [(), ("there is no memory left",), (None, "the GPUs cannot share memory")])
 def test_all_ranks_of_a_group_exchange_in_the_same_way(peers, monkeypatch, splits, partitions, keeps, elsewhere):
     monkeypatch.setattr(peers.symmetric_memory, "get_backend", lambda device: None)
     all_reduce = SimpleNamespace(disabled=False, fully_connected=True)
+    met = []
     group, connected = try_to_connect(
-        peers, monkeypatch, lambda *args: handle(), all_reduce, elsewhere, splits, partitions
+        peers, monkeypatch, lambda *args: met.append(1) or handle(), all_reduce, elsewhere, splits, partitions
     )
-    assert connected is (elsewhere is None)
-    assert (group in exchange._peers) is (elsewhere is None)
-    if elsewhere is None:
+    assert connected is (not elsewhere)
+    assert (group in exchange._peers) is (not elsewhere)
+    # Nobody waits for a rank that has no memory.
+    assert bool(met) is (not elsewhere or elsewhere[0] is None)
+    if not elsewhere:
         assert exchange._peers[group]._keeps is keeps

@@ -92,14 +92,21 @@ class _Buffer:
     Args:
         elements: that it holds.
         dtype: of them.
-        group: of the ranks; all of them make their buffer at the same time.
+        group: of the ranks.
 
     Raises:
-        RuntimeError: the GPUs cannot share memory.
+        RuntimeError: there is no memory left.
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, group: GroupCoordinator) -> None:
         self._memory = symmetric_memory.empty(elements, dtype=dtype, device=group.device)
+
+    def meet(self, group: GroupCoordinator) -> None:
+        """Learn the addresses of the others' buffers; all ranks of the group do so at the same time.
+
+        Raises:
+            RuntimeError: the GPUs cannot share memory.
+        """
         self._handle = symmetric_memory.rendezvous(self._memory, group.device_group.group_name)
         # PyTorch knows groups by names, which an earlier engine in this process may have used.
         if (self._handle.rank, self._handle.world_size) != (group.rank_in_group, group.world_size):
@@ -150,7 +157,7 @@ class _Buffer:
 
 
 class PeerMemory:
-    """Both directions of the exchange.
+    """Both directions of the exchange. What it allocates is of use once all ranks of the group have called ``meet``.
 
     Args:
         group: the SP group.
@@ -163,7 +170,7 @@ class PeerMemory:
         swap_bytes: blocks of so many bytes and more travel beside products; infinite where none does.
 
     Raises:
-        RuntimeError: the GPUs cannot share memory; later, the two directions did not take turns.
+        RuntimeError: there is no memory left; later, the two directions did not take turns.
     """
 
     def __init__(
@@ -174,6 +181,12 @@ class PeerMemory:
         self.swap_bytes: float = SWAP_BYTES if self._sp == 2 else math.inf
         self._heads = _Buffer(rows * max(sum(qkv_widths(x)) for x in layers), dtype, group)
         self._tokens = _Buffer(rows * max(x.num_heads * x.head_size_v for x in layers), dtype, group)
+
+    def meet(self, group: GroupCoordinator) -> None:
+        """As ``_Buffer.meet``, for both directions."""
+        # The group is not kept: it is what these peers live as long as (exchange.py).
+        for buffer in (self._heads, self._tokens):
+            buffer.meet(group)
 
     def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """[n*S, ...] each, in the folded view, to [n*S, all columns] in the head view."""
@@ -277,13 +290,22 @@ def _share_memory(
     compilation: Any = vllm_config.compilation_config
     # Where attention is compiled together with what follows, Inductor would reuse the memory of its inputs.
     keeps = compilation.splitting_ops_contain_attention() and not compilation.use_inductor_graph_partition
-    problems: list[str | None] = [None] * all_ranks.world_size
-    try:
-        peers = PeerMemory(group, layers, rows, vllm_config.model_config.dtype, keeps)
-    except RuntimeError as error:
-        problem = f"the GPUs cannot share memory ({error})"
-    torch.distributed.all_gather_object(problems, problem, group=all_ranks.cpu_group)
-    problem = next((each for each in problems if each is not None), None)
+    # A rank without memory would leave the others waiting for it, so all ask before they meet.
+    peers, problem = _attempt(lambda: PeerMemory(group, layers, rows, vllm_config.model_config.dtype, keeps), all_ranks)
+    if problem is None:
+        _, problem = _attempt(lambda: peers.meet(group), all_ranks)
     if problem is None:
         use_peers(group, peers)
     return problem
+
+
+def _attempt(make: Callable[[], Any], all_ranks: GroupCoordinator) -> tuple[Any, str | None]:
+    """What this rank makes, and why one of the ranks could not, the same on all of them."""
+    made, problem = None, None
+    try:
+        made = make()
+    except RuntimeError as error:
+        problem = f"the GPUs cannot share memory ({error})"
+    problems: list[str | None] = [None] * all_ranks.world_size
+    torch.distributed.all_gather_object(problems, problem, group=all_ranks.cpu_group)
+    return made, next((each for each in problems if each is not None), None)
