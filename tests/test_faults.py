@@ -1,8 +1,12 @@
 """A server that breaks while clients stream: they are told soon, the log says why, and no process stays."""
 
+import os
 import signal
+import time
+from pathlib import Path
 
 import faults
+import psutil
 import pytest
 import tiny
 from ports import free_ports
@@ -30,6 +34,34 @@ def test_a_rank_that_raises_in_sp_mode_only(model, tmp_path):
     assert outcome.exit_code == 1
     assert "the API server ends with exit code 1" in (tmp_path / "server.log").read_text()
     assert_clean_end(outcome)
+
+
+NIGHTLY = pytest.mark.nightly
+
+
+# In the first step, where rank 0 waits for a sum; and where it waits for this rank's word on the CPU.
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "vllm_shift.switch:ModeSwitch._own_positions",
+        pytest.param("vllm_shift.self_check:SelfCheck._compare", marks=NIGHTLY),
+        pytest.param("vllm_shift.calibrate:_time_step", marks=NIGHTLY),
+    ],
+)
+def test_a_rank_that_fails_at_start_up_ends_the_start(model, tmp_path, failing):
+    told = tmp_path / "told"
+    threshold = "auto" if "calibrate" in failing else "14"
+    flags = [*faults.SHIFT, threshold, "--enforce-eager", "--worker-extension-cls", "start_plant.StartPlant"]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    env = {"START_PLANT": failing, "START_PLANT_TOLD": str(told), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with faults.Victim(flags, model, free_ports(1), tmp_path / "server", env) as running:
+        assert running.process.wait(timeout=150) == 1
+        assert time.monotonic() - float(told.read_text()) < 40
+        _, alive = psutil.wait_procs(running.processes(), timeout=10)
+        assert not alive
+    log = (tmp_path / "server.log").read_text()
+    assert "OutOfMemoryError: planted" in log
+    assert "EngineCore failed to start" in log
 
 
 def test_an_api_server_that_is_killed_takes_its_engine_along(model, tmp_path):

@@ -28,10 +28,11 @@ def calibrate(model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> int:
         The threshold in tokens, the same on every rank.
     """
     begin = time.perf_counter()
-    group, cache = get_world_group(), TimesCache(vllm_config, (switch.through_peers, switch.early))
+    group = get_world_group()
     most = vllm_config.scheduler_config.max_num_batched_tokens
-    # Rank 0 decides for all, because other hosts may have other disks.
-    times = group.broadcast_object(cache.load() if group.rank_in_group == 0 else None, src=0)
+    # Rank 0 decides for all, because other hosts may have other disks, and round logarithms otherwise.
+    cache = TimesCache(vllm_config, (switch.through_peers, switch.early)) if group.rank_in_group == 0 else None
+    times = group.broadcast_object(cache and cache.load(), src=0)
     source = "measured before"
     if times is None:
         times, source = [], "measured now"
@@ -39,10 +40,12 @@ def calibrate(model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> int:
             times.append(_slowest_rank(_time_step(num_tokens, model_runner, switch, vllm_config)))
             if decided(times):
                 break
-        if group.rank_in_group == 0:
+        if cache is not None:
             cache.save(times)
-    threshold = find_threshold(times, most, vllm_config.compilation_config.cudagraph_capture_sizes or [])
-    if group.rank_in_group == 0:
+    threshold: int = group.broadcast_object(
+        cache and find_threshold(times, most, vllm_config.compilation_config.cudagraph_capture_sizes or []), src=0
+    )
+    if cache is not None:
         seconds = time.perf_counter() - begin
         logger.info("%s", describe(times, threshold, most, f"{source}, {seconds:.1f} s"))
     return threshold

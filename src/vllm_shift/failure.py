@@ -1,6 +1,11 @@
-"""What a failed step was doing: its mode, its size and the layer it was in."""
+"""What a failed step was doing: its mode, its size and the layer it was in; and captures of CUDA graphs that fail."""
 
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import FrameType, TracebackType
+from typing import Any
 
 from torch import nn
 
@@ -40,3 +45,29 @@ def layer_of(frame: FrameType) -> str | None:
             if isinstance(name, str) and name:
                 return name
     return None
+
+
+@contextmanager
+def captures_that_fail(all_reduces: Iterable[Any]) -> Iterator[None]:
+    """While this is open, an error while CUDA graphs are captured leaves the capture at once.
+
+    vLLM's custom all-reduce ends every capture with a broadcast to all ranks, one that fails, too (``capture`` in
+    vllm/distributed/device_communicators/custom_all_reduce.py). There this rank would wait, without a word, for others
+    that wait for it on their GPUs.
+
+    Args:
+        all_reduces: ``CustomAllreduce`` of each group that graphs have.
+    """
+    replaced = [(each, each.register_graph_buffers) for each in all_reduces]
+    for each, register in replaced:
+        each.register_graph_buffers = partial(_unless_an_error_passes, register)
+    try:
+        yield
+    finally:
+        for each, _ in replaced:
+            del each.register_graph_buffers
+
+
+def _unless_an_error_passes(register: Callable[[], None]) -> None:
+    if sys.exc_info()[0] is None:
+        register()

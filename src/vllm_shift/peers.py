@@ -99,7 +99,10 @@ class _Buffer:
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, group: GroupCoordinator) -> None:
+        self._rank, self._ranks = group.rank_in_group, group.world_size
         self._memory = symmetric_memory.empty(elements, dtype=dtype, device=group.device)
+        self._targets = torch.empty(self._ranks, dtype=torch.int64, device=group.device)
+        self._stream = torch.cuda.Stream(group.device)  # type: ignore[no-untyped-call]
 
     def meet(self, group: GroupCoordinator) -> None:
         """Learn the addresses of the others' buffers; all ranks of the group do so at the same time.
@@ -109,11 +112,9 @@ class _Buffer:
         """
         self._handle = symmetric_memory.rendezvous(self._memory, group.device_group.group_name)
         # PyTorch knows groups by names, which an earlier engine in this process may have used.
-        if (self._handle.rank, self._handle.world_size) != (group.rank_in_group, group.world_size):
+        if (self._handle.rank, self._handle.world_size) != (self._rank, self._ranks):
             raise RuntimeError(f"PyTorch takes {group.device_group.group_name} for another group")
-        self._targets = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=group.device)
-        self._rank, self._ranks = group.rank_in_group, group.world_size
-        self._stream = torch.cuda.Stream(group.device)  # type: ignore[no-untyped-call]
+        self._targets.copy_(torch.tensor(self._handle.buffer_ptrs))
 
     def exchange(self, sources: Sequence[torch.Tensor], strides: tuple[int, int, int, int]) -> torch.Tensor:
         """Send rows to all ranks, see ``write_rows``; returns those that came: this rank's memory, not a copy.
@@ -185,8 +186,8 @@ class PeerMemory:
     def meet(self, group: GroupCoordinator) -> None:
         """As ``_Buffer.meet``, for both directions."""
         # The group is not kept: it is what these peers live as long as (exchange.py).
-        for buffer in (self._heads, self._tokens):
-            buffer.meet(group)
+        self._heads.meet(group)
+        self._tokens.meet(group)
 
     def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """[n*S, ...] each, in the folded view, to [n*S, all columns] in the head view."""

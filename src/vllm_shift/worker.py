@@ -19,7 +19,7 @@ from vllm_shift.agreement import StepCheck, debug_wanted
 from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.exchange import why_not_direct
-from vllm_shift.failure import describe_failure, describe_step
+from vllm_shift.failure import captures_that_fail, describe_failure, describe_step
 from vllm_shift.gathered import inside_gathered
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting, unfold, why_not_early
 from vllm_shift.limits import TESTED
@@ -36,6 +36,9 @@ from vllm_shift.threshold import fit_to_graphs
 from vllm_shift.timing import ClockMark, CpuDevice, CudaDevice, CudaMark
 
 logger = init_logger(f"vllm.{__name__}")
+
+# Seconds in which an engine that fails to start may end in order; vLLM's executor kills workers after 9.
+START_GRACE = 10
 
 
 class ShiftWorkerMixin(WorkerBase):
@@ -141,7 +144,7 @@ class ShiftWorkerMixin(WorkerBase):
             without_attention = {"skip_attn": True} if self.use_v2_model_runner else {}
             self._run_largest_step(in_sp=False, is_profile=True, **without_attention)
 
-        with _replaced(self.model_runner, "profile_run", profile_both_modes):
+        with self._ended_if_it_fails(), _replaced(self.model_runner, "profile_run", profile_both_modes):
             available: int = super().determine_available_memory()
         return available
 
@@ -160,6 +163,10 @@ class ShiftWorkerMixin(WorkerBase):
             RuntimeError: the self-check failed, or had no room where it is needed.
             NotImplementedError: the self-check does not know the KV cache.
         """
+        with self._ended_if_it_fails():
+            return self._warm_up()
+
+    def _warm_up(self) -> Any:
         if not self.shift_config.is_auto:  # what is measured fits, see find_threshold
             self._fit_threshold_to_graphs()
         self._run_largest_step(in_sp=False)
@@ -213,7 +220,7 @@ class ShiftWorkerMixin(WorkerBase):
             return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """As the stock worker; the LM head and the sampler are the second part of a step.
+        """As the stock worker; the sampler, and with the V2 model runner the LM head, are the second part of a step.
 
         Raises:
             SystemExit: as ``execute_model``.
@@ -237,6 +244,21 @@ class ShiftWorkerMixin(WorkerBase):
                 raise SystemExit(1) from error
             raise
 
+    @contextmanager
+    def _ended_if_it_fails(self) -> Iterator[None]:
+        """For calls at start-up, in which this rank may fail while others wait for it in a collective."""
+        groups = (get_tp_group(), *self._shift_groups)
+        all_reduces = (getattr(group.device_communicator, "ca_comm", None) for group in groups)
+        try:
+            with captures_that_fail([each for each in all_reduces if each is not None]):
+                yield
+        except Exception:
+            if self.parallel_config.distributed_executor_backend == "mp":
+                # vLLM logs the error, but waits for the answers of ranks before this one, or for the end of this
+                # process, which may wait for others. Of one that has ended it hears at once, and ends them all.
+                end_within(START_GRACE)
+            raise
+
     def shift_stats(self) -> dict[str, int]:
         """Steps and tokens per mode, and mode changes, since start-up, for ``collective_rpc("shift_stats")``."""
         return self.shift_counter.totals()
@@ -251,10 +273,11 @@ class ShiftWorkerMixin(WorkerBase):
                 Or the model is quantized: its layers no longer have slots.
         """
         if self.model_config.quantization:
-            raise NotImplementedError("Shift Parallelism does not reload weights of a quantized model")
-        if not is_checkpoint_format:
-            raise NotImplementedError("Shift Parallelism reloads weights in the layout of a checkpoint only")
-        super().reload_weights(weights_iterator, weights_path)
+            self._refuse("Shift Parallelism does not reload weights of a quantized model")
+        elif not is_checkpoint_format:
+            self._refuse("Shift Parallelism reloads weights in the layout of a checkpoint only")
+        else:
+            super().reload_weights(weights_iterator, weights_path)
 
     def sleep(self, level: int = 1) -> None:
         """As the stock worker.
@@ -264,11 +287,24 @@ class ShiftWorkerMixin(WorkerBase):
         """
         if level == 2 and (self.model_config.quantization or self.vllm_config.lora_config is not None):
             # vLLM has stopped scheduling by now.
-            raise NotImplementedError(
+            self._refuse(
                 "Shift Parallelism reloads neither weights of a quantized model nor adapters of LoRA: "
                 "wake up, and sleep at level 1"
             )
-        super().sleep(level)
+        else:
+            super().sleep(level)
+
+    def _refuse(self, why: str) -> None:
+        """Refuse a call that all ranks refuse.
+
+        Raises:
+            NotImplementedError: on the last rank; with ``external_launcher``, where each answers for itself, on all.
+        """
+        # vLLM's executor reads answers in order of rank up to the first error, and would take those that are left for
+        # answers to the next call (vllm/v1/executor/multiproc_executor.py).
+        config = self.parallel_config
+        if config.distributed_executor_backend == "external_launcher" or self.rank == config.world_size - 1:
+            raise NotImplementedError(why)
 
     def shutdown(self) -> None:
         """As the stock worker; then our process groups, where no CUDA graph may still hold their communicators."""
