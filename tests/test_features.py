@@ -44,6 +44,7 @@ def features(model: str, folder: Path) -> dict[str, dict[str, Any]]:
         "LoRA": {"ask": "adapters", "args": {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}},
         "model of transformers": {"ask": "tokens", "args": {"model_impl": "transformers"}},
         "images": images(str(tiny.make_vision_checkpoint(folder))),
+        "language model alone": language_model("qwen3_vl", folder),
     }
 
 
@@ -55,6 +56,12 @@ def images(model: str, **args: Any) -> dict[str, Any]:
     # vLLM's profile calls the processor in a way that this version of transformers refuses.
     limits = {"skip_mm_profiling": True, "limit_mm_per_prompt": {"image": 1, "video": 0}}
     return {"ask": "images", "args": {"model": model} | limits | args}
+
+
+def language_model(name: str, folder: Path) -> dict[str, Any]:
+    """Of a checkpoint that takes images."""
+    model = str(tiny.make_checkpoint_with_vision(name, folder))
+    return {"ask": "tokens", "args": {"model": model, "language_model_only": True}}
 
 
 def connector(store: Path) -> dict[str, Any]:
@@ -133,6 +140,7 @@ NAMES = [
     "LoRA",
     "model of transformers",
     "images",
+    "language model alone",
 ]
 
 
@@ -197,6 +205,14 @@ def test_images_with_the_encoder_split_by_images(model, tmp_path):
     name = "whole encoder on every rank"
     feature = images(str(tiny.make_vision_checkpoint(tmp_path)), mm_encoder_tp_mode="data")
     assert_equal_to_stock(run(2, 2, 1, {name: feature}, model, tmp_path), name)
+
+
+@pytest.mark.nightly
+def test_language_models_alone(model, tmp_path):
+    chosen = {name: language_model(name, tmp_path) for name in ("gemma3", "llama4")}
+    results = run(2, 2, 1, chosen, model, tmp_path)
+    for name in chosen:
+        assert_equal_to_stock(results, name)
 
 
 # Embedding and LM head of Qwen3 are one module then, around which vLLM puts two.

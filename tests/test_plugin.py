@@ -263,7 +263,8 @@ def test_more_ranks_than_gpus_is_refused(monkeypatch):
 def everything_unsupported(name):
     """A config whose every attribute asks for something; ``name`` says for which table."""
     model = SimpleNamespace(
-        is_multimodal_model=True, is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
+        is_multimodal_model=True, multimodal_config=SimpleNamespace(language_model_only=False),
+        is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
         using_transformers_backend=lambda: True, quantization="gguf", model_impl="terratorch", is_moe=True,
         hf_text_config=SimpleNamespace(rope_parameters={"full_attention": {"rope_type": "longrope"}}),
         architecture="Qwen3NextForCausalLM",

@@ -133,6 +133,39 @@ def make_vision_checkpoint(folder: Path) -> Path:
     return path
 
 
+VISION = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+def make_checkpoint_with_vision(name: str, folder: Path) -> Path:
+    """Write a random fp32 checkpoint of a model that takes images, of which only the language model is of use."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    if name == "gemma3":
+        config = transformers.Gemma3Config(text_config=SHAPE | MORE_CONFIGS["gemma3"][1], vision_config=VISION)
+    elif name == "llama4":
+        sizes = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
+        config = transformers.Llama4Config(
+            text_config=SHAPE | MORE_CONFIGS["llama4"][1], vision_config=VISION | sizes | {"pixel_shuffle_ratio": 0.5}
+        )
+    else:
+        vision = {"depth": 2, "num_heads": 2, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+        config = transformers.Qwen3VLConfig(
+            text_config=SHAPE | {"tie_word_embeddings": False, "rope_parameters": rope},
+            vision_config=VISION | vision | {"out_hidden_size": SHAPE["hidden_size"]},
+        )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    if name == "gemma3":
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(0.1)  # as in make_checkpoint
+    path = folder / f"{name}-vision"
+    model.save_pretrained(path)
+    _tokenizer().save_pretrained(path)
+    return path
+
+
 def image(number: int) -> Image:
     """A picture of noise, 84 x 84."""
     generator = torch.Generator().manual_seed(number)

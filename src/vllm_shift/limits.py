@@ -34,6 +34,13 @@ ARCHITECTURES = (
 # Tested with images, too, on the CPU backend. The part that encodes them runs as in TP mode.
 MULTIMODAL_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)
 
+# Tested with --language-model-only: the language model alone, of checkpoints that take images.
+TEXT_ONLY_ARCHITECTURES = (
+    "Gemma3ForConditionalGeneration",
+    "Llama4ForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+)
+
 # Likewise tested; vLLM has no implementation of its own and takes that of transformers.
 ARCHITECTURES_OF_TRANSFORMERS = ("Olmo2ForCausalLM",)
 
@@ -41,7 +48,7 @@ ARCHITECTURES_OF_TRANSFORMERS = ("Olmo2ForCausalLM",)
 # rows to give.
 COUNT_ROWS = ("Qwen3NextForCausalLM", "HYV3ForCausalLM")
 
-TESTED = ARCHITECTURES + MULTIMODAL_ARCHITECTURES + ARCHITECTURES_OF_TRANSFORMERS
+TESTED = ARCHITECTURES + MULTIMODAL_ARCHITECTURES + TEXT_ONLY_ARCHITECTURES + ARCHITECTURES_OF_TRANSFORMERS
 
 # All of them fill parameters through the weight loaders that know the slots.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy")
@@ -132,11 +139,15 @@ def _rope_of_batch(model: Any) -> Any:
     return model.using_transformers_backend() and " and ".join(sorted({"dynamic", "longrope"} & kinds))
 
 
+def _takes_more_than_text(model: Any) -> bool:
+    return model.is_multimodal_model and not model.multimodal_config.language_model_only
+
+
 MODEL_LIMITS = (
     Limit(
         "multimodal models of architectures not tested",
-        lambda model: model.is_multimodal_model and _not_in(model.architecture, MULTIMODAL_ARCHITECTURES),
-        f"use a text-only model, or one of {', '.join(MULTIMODAL_ARCHITECTURES)}",
+        lambda model: _takes_more_than_text(model) and _not_in(model.architecture, MULTIMODAL_ARCHITECTURES),
+        f"set --language-model-only, use a text-only model, or one of {', '.join(MULTIMODAL_ARCHITECTURES)}",
     ),
     Limit("encoder-decoder models", lambda model: model.is_encoder_decoder, "use a decoder-only model"),
     Limit(
