@@ -29,6 +29,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url", help="of the Prometheus server")
     parser.add_argument("minutes", type=float, nargs="?", default=5, help="to look back (default: %(default)s)")
+    parser.add_argument(
+        "--interval", default="10s", help="that rates are of, four times scrape_interval (default: %(default)s)"
+    )
     args = parser.parse_args()
     api, minutes = f"{args.url}/api/v1", args.minutes
     models = ask(f"{api}/label/model_name/values", **{"match[]": "vllm:shift_threshold_tokens"})
@@ -37,7 +40,7 @@ def main() -> int:
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
             for model in models:
-                query = target["expr"].replace("$model_name", model).replace("$__rate_interval", "10s")
+                query = target["expr"].replace("$model_name", model).replace("$__rate_interval", args.interval)
                 end = time.time()
                 found = ask(f"{api}/query_range", query=query, start=end - 60 * minutes, end=end, step=2)["result"]
                 values = [float(value) for series in found for _, value in series["values"]]
