@@ -32,6 +32,20 @@ def test_a_capture_that_fails_does_not_wait_for_other_ranks():
     assert "register_graph_buffers" not in vars(one)
 
 
+def test_a_capture_where_an_error_is_handled_is_registered():
+    """As of an engine that is made with less memory after one that did not start."""
+    all_reduce = AllReduce()
+    try:
+        raise RuntimeError("out of memory")
+    except RuntimeError:
+        with captures_that_fail([all_reduce]):
+            with all_reduce.capture():
+                pass
+            with pytest.raises(ValueError, match="again"), all_reduce.capture():
+                raise ValueError("again") from None
+    assert all_reduce.broadcasts == ["addresses"]
+
+
 def test_without_it_vllm_would_wait():
     all_reduce = AllReduce()
     with pytest.raises(RuntimeError), all_reduce.capture():

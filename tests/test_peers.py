@@ -150,7 +150,7 @@ REASONS = {
     "another backend": "PyTorch's symmetric memory has the backend NVSHMEM",
     "no handles": "the GPUs cannot share memory (no handles)",
     "another group": "the GPUs cannot share memory (PyTorch takes sp for another group)",
-    "no memory": "the GPUs cannot share memory (out of memory)",
+    "no memory": "there is no memory for it (out of memory)",
 }
 
 

@@ -10,6 +10,7 @@ from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import get_world_group, graph_capture
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_shift.switch import ModeSwitch
 from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold
@@ -30,9 +31,10 @@ def calibrate(model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> int:
     begin = time.perf_counter()
     group = get_world_group()
     most = vllm_config.scheduler_config.max_num_batched_tokens
-    # Rank 0 decides for all, because other hosts may have other disks, and round logarithms otherwise.
-    cache = TimesCache(vllm_config, (switch.through_peers, switch.early)) if group.rank_in_group == 0 else None
-    times = group.broadcast_object(cache and cache.load(), src=0)
+    # Rank 0 decides for all: other hosts may have other disks, and may round logarithms differently.
+    decides = group.rank_in_group == 0
+    cache = TimesCache(vllm_config, (switch.through_peers, switch.early)) if decides else None
+    times = group.broadcast_object(cache.load() if cache else None, src=0)
     source = "measured before"
     if times is None:
         times, source = [], "measured now"
@@ -40,12 +42,12 @@ def calibrate(model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> int:
             times.append(_slowest_rank(_time_step(num_tokens, model_runner, switch, vllm_config)))
             if decided(times):
                 break
-        if cache is not None:
+        _free_workspaces()
+        if cache:
             cache.save(times)
-    threshold: int = group.broadcast_object(
-        cache and find_threshold(times, most, vllm_config.compilation_config.cudagraph_capture_sizes or []), src=0
-    )
-    if cache is not None:
+    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
+    threshold: int = group.broadcast_object(find_threshold(times, most, sizes) if decides else None, src=0)
+    if decides:
         seconds = time.perf_counter() - begin
         logger.info("%s", describe(times, threshold, most, f"{source}, {seconds:.1f} s"))
     return threshold
@@ -110,6 +112,14 @@ def _in_graph(run: Callable[[], None], switch: ModeSwitch, device: torch.device)
         run()
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+def _free_workspaces() -> None:
+    """Give back what cuBLAS holds of each graph: PyTorch keeps a workspace of it for every stream with products."""
+    if current_platform.is_cuda():
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
 
 
 def _time(run: Callable[[], None], device: torch.device) -> float:

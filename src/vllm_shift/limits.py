@@ -34,7 +34,7 @@ ARCHITECTURES = (
 # Tested with images, too, on the CPU backend. The part that encodes them runs as in TP mode.
 MULTIMODAL_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)
 
-# Tested with --language-model-only: the language model alone, of checkpoints that take images.
+# Tested on the CPU backend with --language-model-only: the language model alone, of checkpoints that take images.
 TEXT_ONLY_ARCHITECTURES = (
     "Gemma3ForConditionalGeneration",
     "Llama4ForConditionalGeneration",
@@ -44,9 +44,14 @@ TEXT_ONLY_ARCHITECTURES = (
 # Likewise tested; vLLM has no implementation of its own and takes that of transformers.
 ARCHITECTURES_OF_TRANSFORMERS = ("Olmo2ForCausalLM",)
 
-# Qwen3-Next gathers tokens by itself where there are fewer rows than positions; HunYuan V3 tells attention how many
-# rows to give.
-COUNT_ROWS = ("Qwen3NextForCausalLM", "HYV3ForCausalLM")
+# Qwen3-Next, in whose code Qwen3.5 runs, gathers tokens by itself where there are fewer rows than positions; HunYuan V3
+# tells attention how many rows to give.
+COUNT_ROWS = (
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+    "HYV3ForCausalLM",
+)
 
 TESTED = ARCHITECTURES + MULTIMODAL_ARCHITECTURES + TEXT_ONLY_ARCHITECTURES + ARCHITECTURES_OF_TRANSFORMERS
 
@@ -145,9 +150,9 @@ def _takes_more_than_text(model: Any) -> bool:
 
 MODEL_LIMITS = (
     Limit(
-        "multimodal models of architectures not tested",
+        "images and the like, of architectures not tested with them",
         lambda model: _takes_more_than_text(model) and _not_in(model.architecture, MULTIMODAL_ARCHITECTURES),
-        f"set --language-model-only, use a text-only model, or one of {', '.join(MULTIMODAL_ARCHITECTURES)}",
+        f"set --language-model-only, or use one of {', '.join(MULTIMODAL_ARCHITECTURES)}",
     ),
     Limit("encoder-decoder models", lambda model: model.is_encoder_decoder, "use a decoder-only model"),
     Limit(
@@ -157,7 +162,7 @@ MODEL_LIMITS = (
     ),
     Limit("attention-free models", lambda model: model.is_attention_free, "use a model with attention layers"),
     Limit(
-        "Qwen3-Next and HunYuan V3 models",
+        "Qwen3-Next, Qwen3.5 and HunYuan V3 models",
         lambda model: model.architecture in COUNT_ROWS and model.architecture,
         "use stock vLLM's tensor parallelism: leave out --ulysses-sequence-parallel-size",
     ),

@@ -292,21 +292,25 @@ def _share_memory(
     # Where attention is compiled together with what follows, Inductor would reuse the memory of its inputs.
     keeps = compilation.splitting_ops_contain_attention() and not compilation.use_inductor_graph_partition
     # A rank without memory would leave the others waiting for it, so all ask before they meet.
-    peers, problem = _attempt(lambda: PeerMemory(group, layers, rows, vllm_config.model_config.dtype, keeps), all_ranks)
+    peers, problem = _attempt(
+        "there is no memory for it",
+        lambda: PeerMemory(group, layers, rows, vllm_config.model_config.dtype, keeps),
+        all_ranks,
+    )
     if problem is None:
-        _, problem = _attempt(lambda: peers.meet(group), all_ranks)
+        _, problem = _attempt("the GPUs cannot share memory", lambda: peers.meet(group), all_ranks)
     if problem is None:
         use_peers(group, peers)
     return problem
 
 
-def _attempt(make: Callable[[], Any], all_ranks: GroupCoordinator) -> tuple[Any, str | None]:
-    """What this rank makes, and why one of the ranks could not, the same on all of them."""
+def _attempt(trouble: str, make: Callable[[], Any], all_ranks: GroupCoordinator) -> tuple[Any, str | None]:
+    """What this rank makes; and why one of the ranks could not, which is the same on all of them."""
     made, problem = None, None
     try:
         made = make()
     except RuntimeError as error:
-        problem = f"the GPUs cannot share memory ({error})"
+        problem = f"{trouble} ({error})"
     problems: list[str | None] = [None] * all_ranks.world_size
     torch.distributed.all_gather_object(problems, problem, group=all_ranks.cpu_group)
     return made, next((each for each in problems if each is not None), None)

@@ -37,7 +37,7 @@ from vllm_shift.timing import ClockMark, CpuDevice, CudaDevice, CudaMark
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Seconds in which an engine that fails to start may end in order; vLLM's executor kills workers after 9.
+# Seconds in which an engine that fails to start may end in order. By default vLLM's executor needs 9 to kill workers.
 START_GRACE = 10
 
 
@@ -135,7 +135,10 @@ class ShiftWorkerMixin(WorkerBase):
             attach_adapters(model, self.switch, self.vllm_config)
 
     def determine_available_memory(self) -> int:
-        """As the stock worker, whose profile is of the largest step; in both modes, if some steps run in TP mode."""
+        """As the stock worker, whose profile is of the largest step; in both modes, if some steps run in TP mode.
+
+        With memory for the CUDA graphs of SP mode where the model runner does not count any.
+        """
         stock_profile_run = self.model_runner.profile_run
 
         def profile_both_modes() -> None:
@@ -144,9 +147,22 @@ class ShiftWorkerMixin(WorkerBase):
             without_attention = {"skip_attn": True} if self.use_v2_model_runner else {}
             self._run_largest_step(in_sp=False, is_profile=True, **without_attention)
 
-        with self._ended_if_it_fails(), _replaced(self.model_runner, "profile_run", profile_both_modes):
+        with ExitStack() as replaced:
+            replaced.enter_context(self._ended_if_it_fails())
+            replaced.enter_context(_replaced(self.model_runner, "profile_run", profile_both_modes))
+            if current_platform.is_cuda():
+                counted = self.model_runner.profile_cudagraph_memory
+                replaced.enter_context(
+                    # The V2 model runner says 0.
+                    _replaced(self.model_runner, "profile_cudagraph_memory", lambda: counted() or self._graph_memory())
+                )
             available: int = super().determine_available_memory()
         return available
+
+    def _graph_memory(self) -> int:
+        sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or []
+        layers = self.model_config.get_num_layers(self.parallel_config)
+        return graph_memory(sum(map(self.switch.is_sp_step, sizes)), layers, self.switch.through_peers)
 
     def _run_largest_step(self, in_sp: bool, **kwargs: Any) -> None:
         """Where stock vLLM compiles: torch.compile chooses kernels for the size of the first step, in either mode."""
@@ -348,6 +364,15 @@ def weight_bytes(model: nn.Module) -> int:
     # The storage behind a parameter with slots is that of all its slots.
     storages = [parameter.untyped_storage() for parameter in model.parameters()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def graph_memory(sizes: int, layers: int, through_peers: bool) -> int:
+    """Bytes that the CUDA graphs of SP mode take on a GPU, about, for so many sizes and layers.
+
+    Measured were 0.30 to 0.35 MiB a size and layer (benchmarks/results/2026-11-26-h100-x4.md). A collective of NCCL,
+    of which an exchange has two unless it goes ``through_peers``, took 0.2 more (2026-11-26-h200-x4.md).
+    """
+    return int(sizes * layers * (0.4 if through_peers else 0.8) * 2**20)
 
 
 def _describe_copies(layers: list[Any]) -> str:
