@@ -108,7 +108,8 @@ def planted(error: str, peers: PeerMemory) -> Iterator[None]:
     streams = [buffer._stream for buffer in buffers]
 
     def wait_stream(self: Any, other: Any) -> None:
-        if (self if error == "a copy does not wait for what it sends" else other) not in streams:
+        on_copies = {"a copy does not wait for what it sends": self, "a barrier does not wait for the copy": other}
+        if on_copies.get(error) not in streams:
             wait(self, other)
 
     if error == "no barrier":
@@ -116,11 +117,8 @@ def planted(error: str, peers: PeerMemory) -> Iterator[None]:
             buffer._handle = SimpleNamespace(barrier=lambda: None, get_buffer=buffer._handle.get_buffer)
     elif error == "one buffer for both directions":
         peers._tokens = peers._heads
-    elif error in ("a copy does not wait for what it sends", "a barrier does not wait for the copy"):
-        with mock.patch.object(torch.cuda.Stream, "wait_stream", wait_stream):
-            yield
-        return
-    yield
+    with mock.patch.object(torch.cuda.Stream, "wait_stream", wait_stream):
+        yield
 
 
 # With CUDA graphs or without: the capture of a stream that nothing waits for fails by itself.

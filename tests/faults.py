@@ -277,6 +277,12 @@ def try_kill(
     return outcome
 
 
+def extensions() -> dict[str, str]:
+    """Variables of a server that finds the worker extensions of this folder."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def try_plant(
     server: str,
     plant: str,
@@ -289,9 +295,7 @@ def try_plant(
     """Start a server and let rank 1 fail in the middle of the model while clients stream."""
     outcome = Outcome(server, f"rank 1 {plant}", "decode", port=port)
     begin = time.monotonic()
-    env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(STEP_TIMEOUT)}
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    env = extensions() | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(STEP_TIMEOUT)}
     # A compiled model would not call what is planted in a layer.
     flags = [*SERVERS[server], *more, "--enforce-eager", "--worker-extension-cls", "fault_plants.Plant"]
     with Victim(flags, model, port, folder, env, device) as running:

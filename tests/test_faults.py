@@ -1,9 +1,7 @@
 """A server that breaks while clients stream: they are told soon, the log says why, and no process stays."""
 
-import os
 import signal
 import time
-from pathlib import Path
 
 import faults
 import psutil
@@ -52,8 +50,7 @@ def test_a_rank_that_fails_at_start_up_ends_the_start(model, tmp_path, failing):
     told = tmp_path / "told"
     threshold = "auto" if "calibrate" in failing else "14"
     flags = [*faults.SHIFT, threshold, "--worker-extension-cls", "start_plant.StartPlant"]
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    env = {"START_PLANT": failing, "START_PLANT_TOLD": str(told), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    env = faults.extensions() | {"START_PLANT": failing, "START_PLANT_TOLD": str(told)}
     env |= {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}  # no times of another run
     with faults.Victim(flags, model, free_ports(1), tmp_path / "server", env) as running:
         assert running.process.wait(timeout=running.device.patience) == 1

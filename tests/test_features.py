@@ -60,7 +60,7 @@ def images(model: str, **args: Any) -> dict[str, Any]:
 
 def language_model(name: str, folder: Path) -> dict[str, Any]:
     """Of a checkpoint that takes images."""
-    model = str(tiny.make_checkpoint_with_vision(name, folder))
+    model = str(tiny.make_text_only_checkpoint(name, folder))
     return {"ask": "tokens", "args": {"model": model, "language_model_only": True}}
 
 

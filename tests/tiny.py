@@ -40,6 +40,7 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+M_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 MORE_CONFIGS = {
     "llama3": (transformers.LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
     "gemma2": (transformers.Gemma2Config, {"query_pre_attn_scalar": 32, "sliding_window": 48}),
@@ -77,19 +78,25 @@ def make_checkpoint(name: str, folder: Path, seed: int = 0, **sizes: Any) -> Pat
     """
     config_cls, extra = (CONFIGS | MORE_CONFIGS)[name]
     config = config_cls(**(SHAPE | extra | sizes))
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = _random_model(transformers.AutoModelForCausalLM, config, seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias") or "norm" in parameter_name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-        if name.startswith("gemma"):
-            # Its embeddings are scaled up and tied to the head: the last token would always come next.
-            model.get_input_embeddings().weight.mul_(0.1)
     path = folder / name
     model.save_pretrained(path)
     _tokenizer().save_pretrained(path)
     return path
+
+
+def _random_model(auto_cls: Any, config: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
+    model = auto_cls.from_config(config, dtype=torch.float32)
+    if config.model_type.startswith("gemma"):
+        # Its embeddings are scaled up and tied to the head: the last token would always come next.
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(0.1)
+    return model
 
 
 def _tokenizer(*special: str, **named: str) -> transformers.PreTrainedTokenizerFast:
@@ -110,21 +117,18 @@ def make_vision_checkpoint(folder: Path) -> Path:
     """Write a random fp32 checkpoint of Qwen2.5-VL, which takes images, and its processor."""
     special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     vision = {
         "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "fullatt_block_indexes": [1],
         "window_size": 56, "out_hidden_size": SHAPE["hidden_size"],
     }  # fmt: skip
     config = transformers.Qwen2_5_VLConfig(
-        text_config=SHAPE | {"vocab_size": 512, "tie_word_embeddings": False, "rope_parameters": rope},
+        text_config=SHAPE | {"vocab_size": 512, "tie_word_embeddings": False, "rope_parameters": M_ROPE},
         vision_config=vision,
         tie_word_embeddings=False,
         **{name: IMAGE_TOKEN + i for i, name in enumerate(ids)},
     )
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     path = folder / "qwen2_5_vl"
-    model.save_pretrained(path)
+    _random_model(transformers.AutoModelForImageTextToText, config, seed=0).save_pretrained(path)
     transformers.Qwen2_5_VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=16 * 28 * 28),
         video_processor=transformers.Qwen2VLVideoProcessor(),
@@ -138,30 +142,33 @@ VISION = {
     "patch_size": 14,
 }  # fmt: skip
 
+# Of models that take images, what differs from SHAPE and from VISION; they run with their language model alone.
+TEXT_ONLY_CONFIGS = {
+    "gemma3": (transformers.Gemma3Config, MORE_CONFIGS["gemma3"][1], {}),
+    "llama4": (
+        transformers.Llama4Config,
+        MORE_CONFIGS["llama4"][1],
+        {
+            "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "pixel_shuffle_ratio": 0.5,
+        },
+    ),
+    "qwen3_vl": (
+        transformers.Qwen3VLConfig,
+        {"tie_word_embeddings": False, "rope_parameters": M_ROPE},
+        {
+            "depth": 2, "num_heads": 2, "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+            "out_hidden_size": SHAPE["hidden_size"],
+        },
+    ),
+}  # fmt: skip
 
-def make_checkpoint_with_vision(name: str, folder: Path) -> Path:
-    """Write a random fp32 checkpoint of a model that takes images, of which only the language model is of use."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    if name == "gemma3":
-        config = transformers.Gemma3Config(text_config=SHAPE | MORE_CONFIGS["gemma3"][1], vision_config=VISION)
-    elif name == "llama4":
-        sizes = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
-        config = transformers.Llama4Config(
-            text_config=SHAPE | MORE_CONFIGS["llama4"][1], vision_config=VISION | sizes | {"pixel_shuffle_ratio": 0.5}
-        )
-    else:
-        vision = {"depth": 2, "num_heads": 2, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-        config = transformers.Qwen3VLConfig(
-            text_config=SHAPE | {"tie_word_embeddings": False, "rope_parameters": rope},
-            vision_config=VISION | vision | {"out_hidden_size": SHAPE["hidden_size"]},
-        )
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    if name == "gemma3":
-        with torch.no_grad():
-            model.get_input_embeddings().weight.mul_(0.1)  # as in make_checkpoint
+
+def make_text_only_checkpoint(name: str, folder: Path) -> Path:
+    """Write a random fp32 checkpoint of a model that takes images, without what it needs for them, and a tokenizer."""
+    config_cls, text, vision = TEXT_ONLY_CONFIGS[name]
+    config = config_cls(text_config=SHAPE | text, vision_config=VISION | vision)
     path = folder / f"{name}-vision"
-    model.save_pretrained(path)
+    _random_model(transformers.AutoModelForImageTextToText, config, seed=0).save_pretrained(path)
     _tokenizer().save_pretrained(path)
     return path
 

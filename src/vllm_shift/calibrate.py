@@ -32,8 +32,7 @@ def calibrate(model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> int:
     group = get_world_group()
     most = vllm_config.scheduler_config.max_num_batched_tokens
     # Rank 0 decides for all: other hosts may have other disks, and may round logarithms differently.
-    decides = group.rank_in_group == 0
-    cache = TimesCache(vllm_config, (switch.through_peers, switch.early)) if decides else None
+    cache = TimesCache(vllm_config, (switch.through_peers, switch.early)) if group.rank_in_group == 0 else None
     times = group.broadcast_object(cache.load() if cache else None, src=0)
     source = "measured before"
     if times is None:
@@ -46,8 +45,8 @@ def calibrate(model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> int:
         if cache:
             cache.save(times)
     sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
-    threshold: int = group.broadcast_object(find_threshold(times, most, sizes) if decides else None, src=0)
-    if decides:
+    threshold: int = group.broadcast_object(find_threshold(times, most, sizes) if cache else None, src=0)
+    if cache:
         seconds = time.perf_counter() - begin
         logger.info("%s", describe(times, threshold, most, f"{source}, {seconds:.1f} s"))
     return threshold

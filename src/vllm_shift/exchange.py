@@ -14,7 +14,7 @@ Method: DeepSpeed-Ulysses (arXiv 2309.14509), section 3.1.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -49,16 +49,21 @@ def use_peers(group: GroupCoordinator, peers: "PeerMemory") -> None:
     _peers[group] = peers
 
 
+def custom_all_reduce(group: GroupCoordinator) -> Any:
+    """vLLM's ``CustomAllreduce`` of a group, which may be disabled; None where it has none."""
+    return getattr(group.device_communicator, "ca_comm", None)
+
+
 def why_not_direct(all_ranks: GroupCoordinator) -> str | None:
     """Why GPUs do not reach each other's memory directly, for the log; None where they do.
 
     They do where vLLM's custom all-reduce runs: on one host, with NVLink between all ranks of vLLM's TP group, the
     argument.
     """
-    custom_all_reduce = getattr(all_ranks.device_communicator, "ca_comm", None)
-    if custom_all_reduce is None or custom_all_reduce.disabled:
+    all_reduce = custom_all_reduce(all_ranks)
+    if all_reduce is None or all_reduce.disabled:
         return "vLLM's custom all-reduce is off"
-    if not custom_all_reduce.fully_connected:
+    if not all_reduce.fully_connected:
         return "there is no NVLink between all GPUs"
     return None
 

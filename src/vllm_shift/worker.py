@@ -18,7 +18,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_shift.agreement import StepCheck, debug_wanted
 from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
-from vllm_shift.exchange import why_not_direct
+from vllm_shift.exchange import custom_all_reduce, why_not_direct
 from vllm_shift.failure import captures_that_fail, describe_failure, describe_step
 from vllm_shift.gathered import inside_gathered
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting, unfold, why_not_early
@@ -244,13 +244,18 @@ class ShiftWorkerMixin(WorkerBase):
         with self._reported_step():
             return super().sample_tokens(grammar_output)
 
+    @property
+    def _end_is_noticed(self) -> bool:
+        """Whether vLLM's executor notices the end of this process and ends the others: the executor ``mp``."""
+        return bool(self.parallel_config.distributed_executor_backend == "mp")
+
     @contextmanager
     def _reported_step(self) -> Iterator[None]:
         try:
             with self._watch.step(self._step):
                 yield
         except Exception as error:
-            other_rank = self.rank != 0 and self.parallel_config.distributed_executor_backend == "mp"
+            other_rank = self.rank != 0 and self._end_is_noticed
             # vLLM logs where rank 0 was.
             logger.error("Rank %d: %s", self.rank, describe_failure(error, self._step), exc_info=other_rank)
             if other_rank:
@@ -263,13 +268,12 @@ class ShiftWorkerMixin(WorkerBase):
     @contextmanager
     def _ended_if_it_fails(self) -> Iterator[None]:
         """For calls at start-up, in which this rank may fail while others wait for it in a collective."""
-        groups = (get_tp_group(), *self._shift_groups)
-        all_reduces = (getattr(group.device_communicator, "ca_comm", None) for group in groups)
+        all_reduces = map(custom_all_reduce, (get_tp_group(), *self._shift_groups))
         try:
             with captures_that_fail([each for each in all_reduces if each is not None]):
                 yield
         except Exception:
-            if self.parallel_config.distributed_executor_backend == "mp":
+            if self._end_is_noticed:
                 # vLLM logs the error, but waits for the answers of ranks before this one, or for the end of this
                 # process, which may wait for others. Of one that has ended it hears at once, and ends them all.
                 end_within(START_GRACE)
@@ -326,7 +330,7 @@ class ShiftWorkerMixin(WorkerBase):
         """As the stock worker; then our process groups, where no CUDA graph may still hold their communicators."""
         self.shift_counter.close()
         self._watch.close()
-        if self.parallel_config.distributed_executor_backend == "mp" and not self._watch.device_ends_within(2):
+        if self._end_is_noticed and not self._watch.device_ends_within(2):
             # The end of the model runner would wait, too, until the executor kills this process 9 s after it asked.
             logger.error("Rank %d: the device is still busy, maybe with waiting for a rank that is gone.", self.rank)
             end_within(1)
