@@ -263,6 +263,9 @@ def test_the_line_has_what_is_new_since_the_last(caplog_vllm):
 def test_the_line_comes_only_while_steps_run(timer):
     counter = StepCounter(ClockMark, np.zeros(1, COUNTS))
     take_steps(counter, Device(), STEPS)
+    assert len(timer) == 0  # a step of the start-up
+    counter.start(32)
+    take_steps(counter, Device(), STEPS)
     assert len(timer) == 1
     timer[0]()
     assert len(timer) == 1

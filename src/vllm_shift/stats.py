@@ -60,9 +60,9 @@ class StepCounter:
         # Views, because every step counts.
         self._steps, self._tokens = self._modes["steps"], self._modes["tokens"]
         self._mark = None if counts is None else mark
-        self._log = counts is not None
         self._timer: Timer | None = None
         self.start(0)
+        self._log = False  # the stock worker runs steps to warm up
 
     def start(self, max_tp_tokens: int) -> None:
         """Count from zero, with this threshold in force: the largest number of tokens of a step in TP mode."""
@@ -71,6 +71,7 @@ class StepCounter:
         self._last_mode: int | None = None
         self._timed: deque[tuple[int, Mark, Mark]] = deque()
         self._logged = self._counts.copy()
+        self._log = self._mark is not None
 
     @contextmanager
     def step(self, in_sp: bool, num_tokens: int) -> Iterator[None]:
