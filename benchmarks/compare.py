@@ -1,12 +1,13 @@
-"""Servers with the same GPUs under the same traffic, one after the other: stock vLLM, vllm-shift and Arctic Inference.
+"""Servers with the same GPUs under the same traffic, one at a time: stock vLLM, vllm-shift and Arctic Inference.
 
 Every contender is a server of its own; every workload is a trace, sent as ``vllm-shift replay`` does. Results are kept
 in a folder, one file a contender and workload, so a second run of the same command does only what is missing, and what
 failed. Then a table (Markdown), a plot and a summary (JSON) are made of everything in the folder.
 
-With --together N, N servers start at the same time and then take the traffic in turns, the others idle, which saves
-most of the time. They share the GPUs' memory, so each needs to be told its part (--kv-cache-memory-bytes,
---gpu-memory-utilization), and neither KV cache nor start-up time is compared.
+With --together N, N servers start at the same time and then take each workload in turns, the others idle: that saves
+most of the time, and what slows the machine down for a while slows all of them. They share the GPUs' memory, so each
+needs to be told its part (--kv-cache-memory-bytes, --gpu-memory-utilization), and neither KV cache nor start-up time
+is compared. With --rounds R each takes each workload R times, and the table has the medians.
 
 Example: python benchmarks/compare.py --shape 8b --folder compare-8b
 """
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import os
 import re
@@ -258,20 +260,18 @@ def folder_of(folder: Path, name: str) -> Path:
     return folder / name.replace(" ", "-")
 
 
-def result_file(folder: Path, name: str, workload: str) -> Path:
-    """Where the result of a contender's workload is kept."""
-    return folder_of(folder, name) / f"{workload.replace(' ', '-').replace('/', '-')}.json"
+def result_file(folder: Path, name: str, workload: str, turn: int = 0) -> Path:
+    """Where the result of a contender's workload is kept, in a round of --rounds."""
+    return folder_of(folder, name) / f"{workload.replace(' ', '-').replace('/', '-')}{f'-{turn}' if turn else ''}.json"
 
 
 def run_contenders(args: argparse.Namespace, group: dict[str, Contender], model: Path) -> None:
-    """Start these contenders at the same time, and run what is missing of their workloads one after the other."""
+    """Start these contenders at the same time, and run what is missing of their workloads, each in turns."""
     everything = workloads(args.scale, args.load, args.burst_seconds)
-    chosen = {key: each for key, each in everything.items() if key in (args.only or (key,))}
-    missing = {
-        name: [key for key in chosen if not result_file(args.folder, name, key).exists()]
-        + (["server"] if args.together == 1 and not result_file(args.folder, name, "server").exists() else [])
-        for name in group
-    }
+    wanted = [(key, turn) for key in everything if key in (args.only or (key,)) for turn in range(args.rounds)]
+    if args.together == 1:
+        wanted.append(("server", 0))
+    missing = {name: [each for each in wanted if not result_file(args.folder, name, *each).exists()] for name in group}
     servers: dict[str, Server] = {}
 
     def give_up(name: str, error: RuntimeError) -> None:
@@ -297,26 +297,33 @@ def run_contenders(args: argparse.Namespace, group: dict[str, Contender], model:
                     result_file(args.folder, name, "server").write_text(json.dumps(facts))
             except RuntimeError as error:
                 give_up(name, error)
-        for name, server in list(servers.items()):
-            print(f"{name}: {', '.join(missing[name])}", flush=True)
-            try:
-                for key in (key for key in missing[name] if key in chosen):
-                    report = run_workload(chosen[key], server.url, seed=100 * len(key))
-                    result_file(args.folder, name, key).write_text(json.dumps(report))
+        for key, turn in wanted:
+            for name, server in list(servers.items()):
+                if (key, turn) not in missing[name] or key not in everything:
+                    continue
+                try:
+                    report = run_workload(everything[key], server.url, seed=100 * len(key) + 10 * turn)
+                    result_file(args.folder, name, key, turn).write_text(json.dumps(report))
                     print(f"{name}: {key} done", flush=True)
-            except RuntimeError as error:
-                give_up(name, error)
+                except RuntimeError as error:
+                    give_up(name, error)
 
 
-def collect(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
-    """All figures that there are: by row, then by contender."""
-    found: dict[str, dict[str, float]] = {}
+def collect(folder: Path, names: list[str]) -> dict[str, dict[str, list[float]]]:
+    """All figures that there are: by row, then by contender, one of each round."""
+    found: dict[str, dict[str, list[float]]] = {}
     for figure in FIGURES:
         for name in names:
-            path = result_file(folder, name, figure.workload)
-            if path.exists():
-                found.setdefault(figure.name, {})[name] = figure.read(json.loads(path.read_text()))
+            files = (result_file(folder, name, figure.workload, turn) for turn in itertools.count())
+            rounds = [figure.read(json.loads(path.read_text())) for path in itertools.takewhile(Path.exists, files)]
+            if rounds:
+                found.setdefault(figure.name, {})[name] = rounds
     return found
+
+
+def medians(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Of the rounds."""
+    return {row: {name: statistics.median(rounds) for name, rounds in cells.items()} for row, cells in found.items()}
 
 
 def relative(figure: Figure, value: float, values: dict[str, float]) -> float:
@@ -374,6 +381,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=1.0, help="factor on requests; smaller for larger models")
     parser.add_argument("--burst-seconds", type=float, default=40, help="length of the traffic with bursts")
     parser.add_argument("--together", type=int, default=1, metavar="N", help="servers that start at the same time")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each server takes each workload")
     parser.add_argument("--patience", type=float, default=600, help="seconds that a server may take to start")
     parser.add_argument("server_flags", nargs="*", help="more flags for every server, after --")
     args = parser.parse_args()
@@ -390,8 +398,8 @@ def main() -> None:
         run_contenders(args, {name: chosen[name] for name in names[first : first + args.together]}, model)
     found = collect(args.folder, list(chosen))
     (args.folder / "figures.json").write_text(json.dumps(found, indent=1))
-    (args.folder / "table.md").write_text(text := table(found, list(chosen)) + "\n")
-    plot(found, list(chosen), args.folder / "plot.png")
+    (args.folder / "table.md").write_text(text := table(medians(found), list(chosen)) + "\n")
+    plot(medians(found), list(chosen), args.folder / "plot.png")
     print(text)
 
 
