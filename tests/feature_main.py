@@ -5,7 +5,6 @@ Usage: feature_main.py JOB.json, see ``rank_group.run_ranks``.
 
 import gc
 import json
-import logging
 import os
 import shutil
 import sys
@@ -73,8 +72,7 @@ def greedy(llm: Any, prompts: list[Any], **kwargs: Any) -> Any:
     params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=1, ignore_eos=True)
     results = []
     for output in llm.generate(prompts, params, use_tqdm=False, **kwargs):
-        ids = list(output.outputs[0].token_ids)
-        logprobs = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, ids, strict=True)]
+        ids, logprobs = rank_main.tokens_and_logprobs(output)
         results.append({"tokens": ids, "numbers": logprobs})
     return results
 
@@ -195,13 +193,9 @@ def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list
     ours = {"ulysses_sequence_parallel_size": job["sp"], "enable_shift_parallel": True}
     ours["shift_parallel_threshold"] = job["start_threshold"]
     size = job["tp"] if stock_caches else job["sp"] * job["tp"]
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("vllm.vllm_shift").addHandler(handler)
     ours |= feature.get("ours", {})
-    llm = LLM(**job["common"] | {"tensor_parallel_size": size} | feature["args"] | (ours if stock_caches else {}))
-    logging.getLogger("vllm.vllm_shift").removeHandler(handler)
+    with rank_main.log_lines() as lines:
+        llm = LLM(**job["common"] | {"tensor_parallel_size": size} | feature["args"] | (ours if stock_caches else {}))
     rpc = llm.llm_engine.collective_rpc
     runs = []
     for number, threshold in enumerate(job["thresholds"]):

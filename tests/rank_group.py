@@ -16,6 +16,9 @@ from mutations import MUTATIONS, MUTATIONS_OF_QUANTIZED
 from ports import free_ports
 from quantize import quantize_checkpoint
 
+# Of log-probabilities and of the KV cache, in fp32.
+TOLERANCE = 1e-3
+
 LAYOUTS = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}
 NEVER = 10**9
 THRESHOLDS = [0, 64, NEVER]
@@ -36,6 +39,14 @@ class Case:
     @property
     def nightly(self) -> bool:
         return self.name in tiny.MORE_CONFIGS and self.world > 2
+
+
+def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """The outputs of two runs: the same tokens, with log-probabilities as near as in fp32."""
+    assert len(found["outputs"]) == len(expected["outputs"]) > 0
+    for ours, theirs in zip(found["outputs"], expected["outputs"], strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE)
 
 
 def thresholds_of(name: str) -> list[int]:

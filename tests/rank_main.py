@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,16 @@ def generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[dict[s
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     results = []
     for output in outputs:
-        tokens = list(output.outputs[0].token_ids)
-        logprobs = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        tokens, logprobs = tokens_and_logprobs(output)
         results.append({"prompt": output.prompt_token_ids, "tokens": tokens, "logprobs": logprobs})
     return results
+
+
+def tokens_and_logprobs(output: Any) -> tuple[list[int], list[float]]:
+    """Of a request with ``logprobs``."""
+    (answer,) = output.outputs
+    tokens = list(answer.token_ids)
+    return tokens, [step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)]
 
 
 def run_engine(job: dict[str, Any], engine: dict[str, Any], stock_caches: list[Any]) -> list[dict[str, Any]]:
@@ -118,27 +125,36 @@ def run_engine(job: dict[str, Any], engine: dict[str, Any], stock_caches: list[A
     return runs
 
 
-def start_only(job: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
-    """Start an engine, with a bug in it where the job names one; what it says, or the KV caches it leaves."""
+@contextmanager
+def log_lines() -> Iterator[list[str]]:
+    """What this package logs while this is open."""
     lines: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("vllm.vllm_shift")
     logger.addHandler(handler)
     try:
-        with mutation(engine["mutation"]) if "mutation" in engine else nullcontext():
-            llm = LLM(**(job["common"] | engine["args"]))
-        rpc = llm.llm_engine.collective_rpc
-        result = {
-            "written": [int(cache.count_nonzero()) for cache in rpc(kv_caches)[0]],
-            "stats": rpc("shift_stats")[0],
-            "threshold": rpc(threshold)[0],
-        }
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-    except RuntimeError as error:
-        result = {"refused": str(error)}
-    logger.removeHandler(handler)
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def start_only(job: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
+    """Start an engine, with a bug in it where the job names one; what it says, or the KV caches it leaves."""
+    with log_lines() as lines:
+        try:
+            with mutation(engine["mutation"]) if "mutation" in engine else nullcontext():
+                llm = LLM(**(job["common"] | engine["args"]))
+            rpc = llm.llm_engine.collective_rpc
+            result = {
+                "written": [int(cache.count_nonzero()) for cache in rpc(kv_caches)[0]],
+                "stats": rpc("shift_stats")[0],
+                "threshold": rpc(threshold)[0],
+            }
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+        except RuntimeError as error:
+            result = {"refused": str(error)}
     cleanup_dist_env_and_memory()
     gc.collect()
     return result | {"lines": lines}

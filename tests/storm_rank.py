@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from rank_main import tokens_and_logprobs
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -28,7 +29,7 @@ TOLERANCE = 1e-3
 bug = {"planted": False, "after_sp": True}
 
 
-def bug_ready() -> None:
+def make_bug_plantable() -> None:
     """Where a schedule asks for it: in an SP step after a TP step, the last rank's tokens are one position further."""
     stock = ModeSwitch._enter
 
@@ -93,8 +94,7 @@ def params(max_tokens: int) -> SamplingParams:
 
 
 def found(output: Any) -> dict[str, Any]:
-    tokens = list(output.outputs[0].token_ids)
-    logprobs = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+    tokens, logprobs = tokens_and_logprobs(output)
     return {"tokens": tokens, "logprobs": logprobs, "finished": output.finished}
 
 
@@ -154,7 +154,7 @@ def main() -> None:
     cleanup_dist_env_and_memory()
     gc.collect()
     os.environ["MASTER_PORT"] = str(port + 1)
-    bug_ready()
+    make_bug_plantable()
     shift = {"tensor_parallel_size": job["tp"], "ulysses_sequence_parallel_size": job["sp"]}
     llm = LLM(
         **job["common"], **shift, enable_shift_parallel=True, num_gpu_blocks_override=job["blocks"]

@@ -1,4 +1,4 @@
-"""The comparison of steps across ranks, and what the log says of a step that failed."""
+"""The comparison of steps across ranks."""
 
 import json
 import subprocess
@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 from agreement_rank import DIVERGENCES
 from ports import free_ports
-from torch import nn
 
 from vllm_shift.agreement import VARIABLE, debug_wanted
-from vllm_shift.failure import describe_failure, describe_step
 
 WORLD = 3
 
@@ -57,25 +55,3 @@ def test_it_is_off_unless_asked_for(monkeypatch):
     monkeypatch.setenv(VARIABLE, "yes")
     with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
         debug_wanted()
-
-
-class Layer(nn.Module):
-    def __init__(self, prefix: str, inner: nn.Module | None = None) -> None:
-        super().__init__()
-        self.prefix, self.inner = prefix, inner
-
-    def forward(self) -> None:
-        if self.inner is None:
-            raise RuntimeError("connection closed by peer")
-        self.inner()
-
-
-def test_a_failed_step_names_mode_and_layer():
-    with pytest.raises(RuntimeError) as raised:
-        Layer("model", Layer("model.layers.1.mlp.down_proj"))()
-    line = describe_failure(raised.value, describe_step(num_tokens=90, max_tp_tokens=32))
-    assert line == (
-        "A step in SP mode of 90 tokens (threshold 32) failed in model.layers.1.mlp.down_proj: "
-        "RuntimeError: connection closed by peer"
-    )
-    assert "failed: ValueError: x" in describe_failure(ValueError("x"), "A step")

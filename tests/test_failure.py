@@ -1,9 +1,32 @@
-"""A capture of CUDA graphs that fails on one rank, in vLLM's own code around captures."""
+"""What the log says of a step that failed, and captures of CUDA graphs that fail, in vLLM's own code around them."""
 
 import pytest
+from torch import nn
 from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
 
-from vllm_shift.failure import captures_that_fail
+from vllm_shift.failure import describe_failure, describe_step, failed_captures_end_at_once
+
+
+class Layer(nn.Module):
+    def __init__(self, prefix: str, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.prefix, self.inner = prefix, inner
+
+    def forward(self) -> None:
+        if self.inner is None:
+            raise RuntimeError("connection closed by peer")
+        self.inner()
+
+
+def test_a_failed_step_names_mode_and_layer():
+    with pytest.raises(RuntimeError) as raised:
+        Layer("model", Layer("model.layers.1.mlp.down_proj"))()
+    line = describe_failure(raised.value, describe_step(num_tokens=90, max_tp_tokens=32))
+    assert line == (
+        "A step in SP mode of 90 tokens (threshold 32) failed in model.layers.1.mlp.down_proj: "
+        "RuntimeError: connection closed by peer"
+    )
+    assert "failed: ValueError: x" in describe_failure(ValueError("x"), "A step")
 
 
 class AllReduce(CustomAllreduce):
@@ -21,7 +44,7 @@ class AllReduce(CustomAllreduce):
 
 def test_a_capture_that_fails_does_not_wait_for_other_ranks():
     one, other = AllReduce(), AllReduce()
-    with captures_that_fail([one, other]):
+    with failed_captures_end_at_once([one, other]):
         with one.capture():
             pass
         with pytest.raises(RuntimeError, match="out of memory"), one.capture(), other.capture():
@@ -38,7 +61,7 @@ def test_a_capture_where_an_error_is_handled_is_registered():
     try:
         raise RuntimeError("out of memory")
     except RuntimeError:
-        with captures_that_fail([all_reduce]):
+        with failed_captures_end_at_once([all_reduce]):
             with all_reduce.capture():
                 pass
             with pytest.raises(ValueError, match="again"), all_reduce.capture():

@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_shift import translate
-from vllm_shift.config import AUTO, CONFIG_KEY, ShiftConfig
+from vllm_shift.config import AUTO, CONFIG_KEY, MAX_THRESHOLD, ShiftConfig
 from vllm_shift_cli.errors import CommandError
 from vllm_shift_cli.replay.trace import read_trace
 
@@ -39,8 +39,7 @@ repeatable = settings(max_examples=300, deadline=None, derandomize=True, databas
 def check_valid(config: ShiftConfig) -> None:
     assert ShiftConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.world_size == config.ulysses_sequence_parallel_size * config.tensor_parallel_size >= 1
-    # As numpy and torch hold it, in the counts and in the comparison across ranks.
-    assert 0 <= config.max_tp_tokens < 2**63
+    assert 0 <= config.max_tp_tokens <= MAX_THRESHOLD
 
 
 def test_settings():

@@ -1,7 +1,6 @@
 """What layers and workers refuse: what has no way to run in SP mode, and what would leave slots as they were."""
 
 from contextlib import ExitStack
-from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,7 +13,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from vllm_shift import layers
 from vllm_shift.dims import ParallelDims
-from vllm_shift.worker import ShiftWorkerMixin
 
 SWITCH = SimpleNamespace(dims=ParallelDims(2, 1, 0), in_sp=False, early=False)
 
@@ -66,36 +64,3 @@ def test_layers_that_another_plugin_has_replaced_are_not_replaced_again(monkeypa
         layers.slotted_layers(SWITCH),
     ):
         pass
-
-
-def worker(quantization=None, lora_config=None, rank=1, executor="mp"):
-    """One of two ranks."""
-    worker = SimpleNamespace(
-        model_config=SimpleNamespace(quantization=quantization),
-        vllm_config=SimpleNamespace(lora_config=lora_config),
-        parallel_config=SimpleNamespace(distributed_executor_backend=executor, world_size=2),
-        rank=rank,
-    )
-    worker._refuse = partial(ShiftWorkerMixin._refuse, worker)
-    return worker
-
-
-@pytest.mark.parametrize("of", [worker(quantization="fp8"), worker(lora_config=object())], ids=["quantized", "LoRA"])
-def test_sleep_that_gives_up_what_could_not_be_loaded_again_is_refused(of):
-    with pytest.raises(NotImplementedError, match="sleep at level 1"):
-        ShiftWorkerMixin.sleep(of, level=2)
-
-
-def test_reloads_that_would_leave_old_weights_are_refused():
-    with pytest.raises(NotImplementedError, match="quantized model"):
-        ShiftWorkerMixin.reload_weights(worker(quantization="fp8"))
-    with pytest.raises(NotImplementedError, match="layout of a checkpoint"):
-        ShiftWorkerMixin.reload_weights(worker(), is_checkpoint_format=False)
-
-
-def test_the_last_rank_refuses_for_all_where_one_process_reads_their_answers():
-    first = worker(quantization="fp8", rank=0)
-    ShiftWorkerMixin.sleep(first, level=2)
-    ShiftWorkerMixin.reload_weights(first)
-    with pytest.raises(NotImplementedError):
-        ShiftWorkerMixin.sleep(worker(quantization="fp8", rank=0, executor="external_launcher"), level=2)

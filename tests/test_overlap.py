@@ -5,8 +5,8 @@ import torch
 from test_exchange import PlainPeers, SimpleGroup
 from torch import fx
 
+import vllm_shift.layers  # noqa: F401  (registers folded_linear)
 from vllm_shift import exchange
-from vllm_shift.layers import Slotted
 from vllm_shift.overlap import OverlapPass
 
 SP, WIDTH, OUT = 2, 3, 5
@@ -14,7 +14,6 @@ SP, WIDTH, OUT = 2, 3, 5
 
 def graph_of(bias: bool, read_twice: bool, exchanged: bool) -> fx.Graph:
     """(x, weight, bias) -> the product, and the sum of what came if that is read twice."""
-    assert Slotted  # its module registers ``folded_linear``
     ops, graph = torch.ops.vllm_shift, fx.Graph()
     x, weight, bias_input = (graph.placeholder(name) for name in ("x", "weight", "bias"))
     tokens = graph.call_function(ops.peers_heads_to_tokens.default, (x, "sp")) if exchanged else x

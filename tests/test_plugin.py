@@ -1,5 +1,6 @@
 """The flags, and what they become: configs of stock engines, or clear refusals. No engine starts here."""
 
+import itertools
 import re
 import sys
 from contextlib import nullcontext
@@ -13,7 +14,6 @@ import support_table
 import tiny
 import vllm
 from rank_group import CASES, Group
-from test_switch import STOCK_SIZES
 from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.openai.cli_args import make_arg_parser
@@ -26,9 +26,15 @@ import vllm_shift
 from vllm_shift import limits, plugin, translate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.exit_code import ExitCode
+from vllm_shift.threshold import fit_to_graphs
+from vllm_shift.translate import graph_sizes
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SUPPORT = support_table.PAGE.read_text()
+
+
+# CUDA graph sizes of vLLM.
+STOCK_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -472,3 +478,30 @@ def test_what_is_allowed_is_known_to_vllm():
     assert set(limits.CACHE_DTYPES) <= set(get_args(CacheDType))
     assert set(limits.LOAD_FORMATS) <= set(get_args(LoadFormats))
     assert set(limits.QUANTIZATIONS) <= set(get_args(QuantizationMethods))
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 100, 256, 500, 512, 700, 10_000])
+def test_no_graph_size_pads_a_batch_into_the_other_mode(threshold):
+    sizes = graph_sizes(STOCK_SIZES, threshold, extend_to=8192)
+    assert set(STOCK_SIZES) <= set(sizes)
+    assert sizes == sorted(set(sizes))
+    for num_tokens in range(1, sizes[-1] + 1):
+        padded = next(size for size in sizes if size >= num_tokens)
+        assert (padded > threshold) == (num_tokens > threshold)
+
+
+@pytest.mark.parametrize("last", [16, 32, 128, 256])
+def test_graph_sizes_have_no_hole_where_few_requests_decode(last):
+    stock = [size for size in STOCK_SIZES if size <= last]
+    sizes = graph_sizes(stock, 0, extend_to=2048)
+    assert sizes[: len(stock)] == stock
+    between = [size for size in sizes if last <= size <= 1024]
+    assert max(after - before for before, after in itertools.pairwise(between)) <= 64
+    # A threshold that was measured is hardly lowered.
+    assert fit_to_graphs(430, sizes) == 416
+
+
+def test_graph_sizes_respect_the_user_and_the_token_budget():
+    assert graph_sizes([], 256, 8192) == []
+    assert graph_sizes([1, 8], 256, 0) == [1, 8]
+    assert graph_sizes([1, 512], 100, 1024)[-1] == 1024

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mutations import MUTATIONS_OF_QUANTIZED
 from quantize import BLOCK, FORMS, FP8_MAX
-from rank_group import QUANTIZED
+from rank_group import QUANTIZED, assert_same
 from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels import linear as kernels
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
@@ -145,8 +145,7 @@ def slot_of(kind, out, world, slot):
     """The columns of ``out`` [n, outputs of TP=T] that are those of one of ``world`` shards."""
     if kind == "down":
         return out
-    counts = [HEADS, KV_HEADS, KV_HEADS] if kind == "qkv" else [1, 1]
-    sizes = [count * HEAD for count in counts] if kind == "qkv" else [MIDDLE, MIDDLE]
+    sizes = [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD] if kind == "qkv" else [MIDDLE, MIDDLE]
     share = out.shape[-1] / sum(sizes)
     parts = out.split([int(size * share) for size in sizes], dim=-1)
     return torch.cat([part.chunk(world, -1)[slot] for part in parts], dim=-1)
@@ -197,8 +196,7 @@ def test_one_copy_where_the_format_can_be_sliced(form, kind):
     one_copy = kind != "down"
     same = layer.weight.untyped_storage().data_ptr() == layer.whole.weight.untyped_storage().data_ptr()
     assert same == one_copy
-    assert layer.second_copy >= (0 if one_copy else layer.weight.numel())
-    assert (layer.second_copy == 0) == one_copy
+    assert layer.second_copy == 0 if one_copy else layer.second_copy >= layer.weight.numel()
 
 
 def test_vllm_may_warm_up_the_kernels_of_both_modes_once_weights_are_loaded():
@@ -229,13 +227,6 @@ def test_other_methods_are_refused_by_name():
     layer = SimpleNamespace(prefix="layers.3.qkv_proj", quant_method=SimpleNamespace())
     with pytest.raises(NotImplementedError, match=r"layers.3.qkv_proj: .* SimpleNamespace; it supports .*Fp8Linear"):
         check_method(layer)
-
-
-def assert_same(found, expected):
-    assert len(found["outputs"]) == len(expected["outputs"]) > 0
-    for ours, theirs in zip(found["outputs"], expected["outputs"], strict=True):
-        assert ours["tokens"] == theirs["tokens"]
-        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
 
 
 @pytest.mark.engine

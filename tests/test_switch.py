@@ -1,6 +1,5 @@
 """Which mode a step runs in, and what the model sees of it, on one rank without collectives."""
 
-import itertools
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,11 +17,6 @@ from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 from vllm_shift import switch as switch_module
 from vllm_shift.dims import ParallelDims
 from vllm_shift.switch import ModeSwitch
-from vllm_shift.threshold import fit_to_graphs
-from vllm_shift.translate import graph_sizes
-
-# CUDA graph sizes of vLLM.
-STOCK_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 
 VLLM_CONFIG = SimpleNamespace(
     compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
@@ -208,33 +202,6 @@ def test_a_model_without_attention_is_refused(make):
     switch, _ = make(2, 0, 4)
     with pytest.raises(NotImplementedError, match="Linear has no attention layer"):
         switch.attach(nn.Linear(2, 2), VLLM_CONFIG)
-
-
-@pytest.mark.parametrize("threshold", [0, 1, 100, 256, 500, 512, 700, 10_000])
-def test_no_graph_size_pads_a_batch_into_the_other_mode(threshold):
-    sizes = graph_sizes(STOCK_SIZES, threshold, extend_to=8192)
-    assert set(STOCK_SIZES) <= set(sizes)
-    assert sizes == sorted(set(sizes))
-    for num_tokens in range(1, sizes[-1] + 1):
-        padded = next(size for size in sizes if size >= num_tokens)
-        assert (padded > threshold) == (num_tokens > threshold)
-
-
-@pytest.mark.parametrize("last", [16, 32, 128, 256])
-def test_graph_sizes_have_no_hole_where_few_requests_decode(last):
-    stock = [size for size in STOCK_SIZES if size <= last]
-    sizes = graph_sizes(stock, 0, extend_to=2048)
-    assert sizes[: len(stock)] == stock
-    between = [size for size in sizes if last <= size <= 1024]
-    assert max(after - before for before, after in itertools.pairwise(between)) <= 64
-    # A threshold that was measured is hardly lowered.
-    assert fit_to_graphs(430, sizes) == 416
-
-
-def test_graph_sizes_respect_the_user_and_the_token_budget():
-    assert graph_sizes([], 256, 8192) == []
-    assert graph_sizes([1, 8], 256, 0) == [1, 8]
-    assert graph_sizes([1, 512], 100, 1024)[-1] == 1024
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ import pytest
 import tiny
 import torch
 import transformers
-from rank_group import CASES, NEVER, thresholds_of
+from rank_group import CASES, NEVER, TOLERANCE, assert_same, thresholds_of
 
 pytestmark = pytest.mark.engine
-
-TOLERANCE = 1e-3
 
 
 RUNS = [
@@ -33,13 +31,6 @@ def runs(request, groups):
     results = groups(case.world, case.nightly).results
     ours = [result[f"{case.name}-{case.sp}x{case.tp}"][number] for result in results]
     return ours, results[0][f"{case.name}-stock"][number]
-
-
-def assert_same(found, expected):
-    assert len(found["outputs"]) == len(expected["outputs"])
-    for ours, theirs in zip(found["outputs"], expected["outputs"], strict=True):
-        assert ours["tokens"] == theirs["tokens"]
-        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE)
 
 
 def test_tokens_equal_stock_on_every_rank(runs):

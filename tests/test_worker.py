@@ -1,5 +1,6 @@
-"""What the worker changes about the memory that vLLM leaves for the KV cache."""
+"""What the worker changes about the memory that vLLM leaves for the KV cache, and what it refuses."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -31,3 +32,36 @@ def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(monkeypatch
     monkeypatch.setattr("vllm_shift.worker.current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr("vllm_shift.worker.get_tp_group", lambda: SimpleNamespace(device_communicator=None))
     assert Worker().determine_available_memory() == int(left * 2**20)
+
+
+def worker(quantization=None, lora_config=None, rank=1, executor="mp"):
+    """One of two ranks."""
+    worker = SimpleNamespace(
+        model_config=SimpleNamespace(quantization=quantization),
+        vllm_config=SimpleNamespace(lora_config=lora_config),
+        parallel_config=SimpleNamespace(distributed_executor_backend=executor, world_size=2),
+        rank=rank,
+    )
+    worker._refuse = partial(ShiftWorkerMixin._refuse, worker)
+    return worker
+
+
+@pytest.mark.parametrize("of", [worker(quantization="fp8"), worker(lora_config=object())], ids=["quantized", "LoRA"])
+def test_sleep_that_gives_up_what_could_not_be_loaded_again_is_refused(of):
+    with pytest.raises(NotImplementedError, match="sleep at level 1"):
+        ShiftWorkerMixin.sleep(of, level=2)
+
+
+def test_reloads_that_would_leave_old_weights_are_refused():
+    with pytest.raises(NotImplementedError, match="quantized model"):
+        ShiftWorkerMixin.reload_weights(worker(quantization="fp8"))
+    with pytest.raises(NotImplementedError, match="layout of a checkpoint"):
+        ShiftWorkerMixin.reload_weights(worker(), is_checkpoint_format=False)
+
+
+def test_the_last_rank_refuses_for_all_where_one_process_reads_their_answers():
+    first = worker(quantization="fp8", rank=0)
+    ShiftWorkerMixin.sleep(first, level=2)
+    ShiftWorkerMixin.reload_weights(first)
+    with pytest.raises(NotImplementedError):
+        ShiftWorkerMixin.sleep(worker(quantization="fp8", rank=0, executor="external_launcher"), level=2)

@@ -28,7 +28,7 @@ class CompiledTwins:
         model: the model, not yet compiled: its first run must come later.
         vllm_config: the engine's config.
         through_peers: how ranks exchange, which is a part of what is traced.
-        tp_group: name of the group that SP mode sums over, which is, too; empty where there is none.
+        tp_group: name of the group that SP mode sums over, a part of it, too; empty where T = 1.
 
     Raises:
         NotImplementedError: vLLM compiles the model as a whole, so that its hooks do not run.

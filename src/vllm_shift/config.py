@@ -59,7 +59,6 @@ class ShiftConfig:
                 "enable_shift_parallel needs a mode to shift to, but ulysses_sequence_parallel_size is 1; "
                 "set --ulysses-sequence-parallel-size to 2 or more (ranks used = tensor x ulysses)"
             )
-
         if self.shift_parallel_threshold != DEFAULT_THRESHOLD and not self.enable_shift_parallel:
             raise ValueError(
                 f"shift_parallel_threshold is {self.shift_parallel_threshold}, but only enable_shift_parallel uses it; "
@@ -102,7 +101,7 @@ class ShiftConfig:
     @property
     def world_size(self) -> int:
         """Ranks of the engine, P = S * T."""
-        return self.ulysses_sequence_parallel_size * self.tensor_parallel_size
+        return self.dims(0).world
 
     @property
     def max_tp_tokens(self) -> int:

@@ -62,7 +62,7 @@ class ParallelDims:
         return [list(range(s, self.world, self.sp)) for s in range(self.sp)]
 
     def local_tokens(self, num_tokens: int) -> int:
-        """Rows each rank holds in SP mode for a step of ``num_tokens`` tokens; the last rank's may be padding."""
+        """Rows each rank holds in SP mode for a step of ``num_tokens`` tokens; the last ranks' may be padding."""
         return -(-num_tokens // self.sp)
 
     def padded_tokens(self, num_tokens: int) -> int:
@@ -70,6 +70,6 @@ class ParallelDims:
         return self.local_tokens(num_tokens) * self.sp
 
     def local_slice(self, num_tokens: int) -> slice:
-        """Which tokens of such a step this rank holds in SP mode; it may reach beyond the last one."""
+        """Which tokens of such a step this rank holds in SP mode; it may begin or end beyond the last one."""
         rows = self.local_tokens(num_tokens)
         return slice(self.sp_rank * rows, (self.sp_rank + 1) * rows)

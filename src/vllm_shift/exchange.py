@@ -139,9 +139,7 @@ def tokens_to_heads(
     """Before attention: q, k, v from the folded view to the head view, in one exchange.
 
     Args:
-        q: [n*S, heads * head size] in the folded view; k and v: [n*S, KV heads * head size].
-        k: see q.
-        v: see q.
+        q, k, v: in the folded view, [n*S, heads * head size] and twice [n*S, KV heads * head size].
         sp: the SP degree, S.
         group_name: the SP group, from ``register_group``.
         through_peers: by the peers of ``use_peers``.

@@ -1,4 +1,4 @@
-"""Exit code 1 for an API server whose engine has died: vLLM's own ends in order then, with code 0.
+"""Exit code 1 for an API server whose engine has died: vLLM alone would end it in order, with code 0.
 
 A middleware is vLLM's extension point in the process of the API server. This one lets requests through as they are, and
 takes part in nothing but the start and the end of the application (ASGI's scope ``lifespan``).

@@ -48,11 +48,11 @@ def layer_of(frame: FrameType) -> str | None:
 
 
 @contextmanager
-def captures_that_fail(all_reduces: Iterable[Any]) -> Iterator[None]:
-    """While this is open, an error while CUDA graphs are captured leaves the capture at once.
+def failed_captures_end_at_once(all_reduces: Iterable[Any]) -> Iterator[None]:
+    """While this is open, an error during the capture of CUDA graphs ends the capture at once.
 
-    vLLM's custom all-reduce ends every capture with a broadcast to all ranks, one that fails, too (``capture`` in
-    vllm/distributed/device_communicators/custom_all_reduce.py). There this rank would wait, without a word, for others
+    vLLM's custom all-reduce ends every capture, also a failed one, with broadcasts among all ranks (``capture`` in
+    vllm/distributed/device_communicators/custom_all_reduce.py). This rank would wait there, without a word, for ranks
     that wait for it on their GPUs.
 
     Args:

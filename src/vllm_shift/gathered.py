@@ -1,10 +1,11 @@
 """Modules that SP cannot divide by tokens or heads: they run as in TP mode, on the tokens of the whole SP group.
 
 Such a module mixes tokens (a state space model), heads (a norm over all heads), or has TP built into its own kernels
-(experts). In SP mode an all-gather over the SP group gives it all N tokens, it runs with TP=P's weights, and its sum
-over ranks leaves each with the result of its n tokens: a reduce-scatter over the SP group and an all-reduce over the TP
-group, together with the all-gather as many bytes as the all-reduce over P ranks of TP mode. (A module of several such
-sums keeps its all-reduces, and each rank its rows of the result.) Its layers need no slots. Hooks do it, from outside.
+(experts). In SP mode an all-gather over the SP group gives it all N tokens, and it runs with TP=P's weights. Its sum
+over ranks becomes a reduce-scatter over the SP group and an all-reduce over the TP group, which leave a rank with the
+result of its own n tokens. The three move as many bytes as TP mode's all-reduce over P ranks. (A module with several
+such sums keeps its all-reduces, and each rank takes its rows of the result.) Its layers need no slots. Hooks do it,
+from outside.
 """
 
 import inspect
@@ -24,6 +25,9 @@ from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 _CLASSES = (MambaBase, MoERunnerInterface, MultiHeadLatentAttentionWrapper)
+
+# Arguments that are a module's own parameters: Falcon-H1 passes one to its Mamba layers.
+_PARAMETERS = ("mup_vector",)
 
 # A module whose own code calls one of these works on all heads or all columns.
 _COLLECTIVES = {
@@ -53,7 +57,7 @@ def gathered_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def inside_gathered(model: nn.Module) -> set[nn.Module]:
-    """These modules and all that they consist of."""
+    """The gathered modules of a model and all modules inside them."""
     return {child for _, module in gathered_modules(model) for child in module.modules()}
 
 
@@ -70,10 +74,6 @@ def _needs_all_tokens(module: nn.Module) -> bool:
     methods = [method for _, method in inspect.getmembers(type(module), inspect.isfunction)]
     own = [method for method in methods if not method.__module__.startswith("torch.")]
     return any(_COLLECTIVES & set(method.__code__.co_names) for method in own)
-
-
-# Arguments that are a module's own parameters: Falcon-H1 passes one to its Mamba layers.
-_PARAMETERS = ("mup_vector",)
 
 
 class Gather:
@@ -102,7 +102,7 @@ class Gather:
         module.register_forward_hook(self._after)
 
     def take_over_sums(self, taken: bool) -> None:
-        """Whether the sum over ranks is done here, as in SP mode, or by the module itself with an all-reduce.
+        """Leave the sum over ranks to these hooks, as in SP mode, or give it back to the module and its all-reduce.
 
         Not in a hook of the module: what is traced, and custom ops in it, look at this while they run.
         """

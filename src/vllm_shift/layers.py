@@ -120,7 +120,7 @@ class SlottedLinear(Slotted, LinearBase):
             return
         check_method(self)
         is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
-        self.quant_method = TwoModeMethod(self, column, self.switch.dims, self._impersonate, is_dummy)
+        self.quant_method = TwoModeMethod(self, column, self.switch.dims, self.impersonate, is_dummy)
 
     def stop_shifting(self) -> None:
         """Run as in TP mode from now on, in memory of that size."""
@@ -130,12 +130,13 @@ class SlottedLinear(Slotted, LinearBase):
             for parameter in self.parameters():
                 parameter.data = parameter.data.clone()
 
-    def _impersonate(self, shard: int) -> None:
+    def impersonate(self, shard: int) -> None:
+        """Take what vLLM's loaders ask this layer for from the TP=P rank ``shard``."""
         self.tp_rank = shard
         self.update_param_tp_status()
 
     def _slots(self, param: nn.Parameter, dim: int) -> Slots:
-        return Slots(param, dim, self.switch.dims, self._impersonate)
+        return Slots(param, dim, self.switch.dims, self.impersonate)
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x``, folded or not, times the weight of all slots; with LoRA, if there is."""
@@ -210,7 +211,7 @@ class SlottedQKVParallelLinear(SlottedColumnParallelLinear, QKVParallelLinear):
 
 
 class UnfoldedQKVParallelLinear(SlottedQKVParallelLinear):
-    """The same for code of transformers: what it splits by ``tp_size`` takes the shape of its own input, [.., n].
+    """The same for code of transformers, which wants a token's q, k and v in one row: [.., n, out/T], not folded.
 
     See vLLM's models/transformers/fusers/qkv.py.
     """
@@ -258,7 +259,7 @@ class SlottedRowParallelLinear(SlottedLinear, RowParallelLinear):
 
 
 class SlottedVocabParallelEmbedding(Slotted, VocabParallelEmbedding):
-    """``VocabParallelEmbedding`` with slots [S*vocab/P, hidden]: a rank looks up its own tokens by itself.
+    """``VocabParallelEmbedding`` with slots [S*vocab/P, hidden]: a rank's tokens in its TP=T shard, then a sum over T.
 
     Raises:
         NotImplementedError: added embeddings, or a quantized table.
@@ -272,9 +273,10 @@ class SlottedVocabParallelEmbedding(Slotted, VocabParallelEmbedding):
             raise NotImplementedError("added embeddings are not supported in SP mode")
         if type(self.quant_method) is not UnquantizedEmbeddingMethod:
             raise NotImplementedError("a quantized embedding is not supported in SP mode")
-        self.weight_slots = Slots(self.weight, 0, self.switch.dims, self._impersonate)
+        self.weight_slots = Slots(self.weight, 0, self.switch.dims, self.impersonate)
 
-    def _impersonate(self, shard: int) -> None:
+    def impersonate(self, shard: int) -> None:
+        """As of ``SlottedLinear``."""
         self.shard_indices = self._get_indices(
             self.num_embeddings_padded,
             self.org_vocab_size_padded,

@@ -98,12 +98,9 @@ class Limit:
     instead: str
 
 
-def _above_one(name: str) -> Callable[[Any], Any]:
-    def found(config: Any) -> Any:
-        size = getattr(config.parallel_config, name)
-        return size if size > 1 else None
-
-    return found
+def _above_one(config: Any, name: str) -> Any:
+    size = getattr(config.parallel_config, name)
+    return size if size > 1 else None
 
 
 def _tp_above_one(config: Any) -> bool:
@@ -209,32 +206,40 @@ ENGINE_LIMITS = (
     ),
     Limit(
         "pipeline parallelism on CUDA",
-        lambda config: config.device_config.device_type == "cuda" and _above_one("pipeline_parallel_size")(config),
+        lambda config: config.device_config.device_type == "cuda" and _above_one(config, "pipeline_parallel_size"),
         "tried on the CPU backend only; set --pipeline-parallel-size 1",
     ),
     Limit(
         "pipeline parallelism with executors other than external_launcher",
         lambda config: (
-            _above_one("pipeline_parallel_size")(config)
+            _above_one(config, "pipeline_parallel_size")
             and _not_in(config.parallel_config.distributed_executor_backend, ("external_launcher",))
         ),
         "tried with external_launcher only; set --pipeline-parallel-size 1",
     ),
     Limit(
         "data parallelism of mixture-of-experts models",
-        lambda config: config.model_config.is_moe and _above_one("data_parallel_size")(config),
+        lambda config: config.model_config.is_moe and _above_one(config, "data_parallel_size"),
         "start one server a replica, behind a load balancer",
     ),
     Limit(
         "data parallelism with executors other than multiprocessing",
         lambda config: (
-            _above_one("data_parallel_size")(config)
+            _above_one(config, "data_parallel_size")
             and _not_in(config.parallel_config.distributed_executor_backend, ("mp",))
         ),
         "use --distributed-executor-backend mp",
     ),
-    Limit("prefill context parallelism", _above_one("prefill_context_parallel_size"), "leave out its flag"),
-    Limit("decode context parallelism", _above_one("decode_context_parallel_size"), "leave out its flag"),
+    Limit(
+        "prefill context parallelism",
+        lambda config: _above_one(config, "prefill_context_parallel_size"),
+        "leave out its flag",
+    ),
+    Limit(
+        "decode context parallelism",
+        lambda config: _above_one(config, "decode_context_parallel_size"),
+        "leave out its flag",
+    ),
     Limit(
         "expert parallel load balancing", lambda config: config.parallel_config.enable_eplb, "leave out --enable-eplb"
     ),
@@ -341,7 +346,7 @@ ENGINE_LIMITS = (
     ),
     Limit(
         "pipeline parallelism together with speculative decoding",
-        lambda config: config.speculative_config and _above_one("pipeline_parallel_size")(config),
+        lambda config: config.speculative_config and _above_one(config, "pipeline_parallel_size"),
         "use one of the two",
     ),
     Limit(

@@ -1,10 +1,10 @@
 """LoRA adapters in SP mode: on this rank's tokens, with adapters for all slots of its SP group.
 
-vLLM puts a layer of its own around each layer of the model, which adds B A x of the adapter that a token's request
-names. Around a layer with slots there is one of them for each slot, filled by vLLM as if it were on the rank that the
-slot belongs to. The outputs of a column-parallel layer's slots lie side by side, so their Bs are so many slices of one
-product; a row-parallel layer's As take the slots' inputs side by side. Which token has which adapter is known for all
-tokens of a step; in SP mode a rank needs it of its own.
+vLLM wraps each layer of the model in one that adds B A x of the adapter that a token's request names. A layer with
+slots gets such a wrapper for every slot, each filled by vLLM as on the rank that the slot belongs to. The outputs of a
+column-parallel layer's slots lie side by side, so one product takes all their Bs as its slices; likewise the As of a
+row-parallel layer, whose inputs do. vLLM knows the adapter of every token of a step; ``OwnTokens`` has those of this
+rank's tokens.
 """
 
 import copy
@@ -133,11 +133,11 @@ class SlotAdapters:
             if shard == dims.rank and not is_row:
                 slots.append(layer)
                 continue
-            base._impersonate(shard)
+            base.impersonate(shard)
             other = type(layer)(base)
             other.create_lora_weights(lora_config.max_loras, lora_config)
             slots.append(other)
-        base._impersonate(dims.rank)
+        base.impersonate(dims.rank)
         if is_row:
             (a,) = layer.lora_a_stacked
             whole = a.new_zeros(*a.shape[:-1], dims.sp * a.shape[-1])

@@ -49,8 +49,8 @@ def end_with_owner() -> None:
 def end_within(seconds: int) -> None:
     """Let this process end in order, but not for longer: then the kernel kills it, whatever it waits for by then.
 
-    A thread that waits so long could not do it: the main one may wait for the GPU with the GIL, or in the last part of
-    Python's own end.
+    An alarm, not a thread: the main thread may wait for the GPU without giving the GIL away, and no thread runs in the
+    last part of the interpreter's end.
     """
     with contextlib.suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

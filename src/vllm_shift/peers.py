@@ -56,21 +56,12 @@ def write_rows(  # type: ignore[no-untyped-def]
     """Copy rows into the buffers of all ranks, one program a row: grid (tokens of a rank, ranks).
 
     Args:
-        q: rows of ``Q`` columns, ``q_stride`` elements apart; likewise ``k`` and ``v``, which may have 0 columns.
-        k: see q.
-        v: see q.
+        q, k, v: rows of ``Q``, ``K`` and ``V`` columns; ``K`` and ``V`` may be 0.
         targets: int64 [ranks], addresses of their buffers, which have rows of Q + K + V columns: q, k and v.
         rank: this one.
-        q_stride: see q.
-        k_stride: see q.
-        v_stride: see q.
-        source_token: row ``token * source_token + other * source_rank`` goes to rank ``other``,
-        source_rank: see source_token.
-        target_token: and becomes its row ``token * target_token + rank * target_rank``.
-        target_rank: see target_token.
-        Q: see q.
-        K: see q.
-        V: see q.
+        q_stride, k_stride, v_stride: elements from row to row.
+        source_token, source_rank: row ``token * source_token + other * source_rank`` goes to rank ``other``,
+        target_token, target_rank: and becomes its row ``token * target_token + rank * target_rank``.
         BLOCK: columns to copy at a time, a power of 2.
     """
     token = tl.program_id(0)
@@ -137,7 +128,7 @@ class _Buffer:
         return self._memory[: rows * sum(widths)].view(rows, -1)
 
     def swap(self, x: torch.Tensor, meanwhile: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of two ranks, swap tensors of one shape while something else runs, of which copy engines take no time.
+        """Of two ranks, swap tensors of one shape by copy engines, which take no time of what runs meanwhile.
 
         Args:
             x: to send.

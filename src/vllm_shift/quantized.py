@@ -77,7 +77,7 @@ class WholeLinear(LinearBase):
             layer.quant_config,
             layer.prefix,
         )
-        # Under another name until weights are loaded, because vLLM processes every module that has one under its own.
+        # Not as ``quant_method`` until weights are loaded: vLLM would process this module, too.
         self.method: Any = self.__dict__.pop("quant_method")
         self.quant_method: Any = None
         self.tp_size, self.tp_rank = dims.tp, dims.tp_rank

@@ -59,7 +59,8 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor, share: float) ->
     """Largest difference of two sets of vectors, relative to their lengths.
 
     Args:
-        expected: [..., size]; vectors far shorter than the average count as average, vectors of zeros in both do not.
+        expected: [..., size]. Vectors shorter than the root mean square length count as that long; those that are zero
+            in both are left out.
         found: of the same shape.
         share: that many of the vectors, those that differ most, are left out, 0 to 1.
 

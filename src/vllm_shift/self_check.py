@@ -136,7 +136,7 @@ class SelfCheck:
         if model_config.runner_type != "generate":  # which vLLM's V2 model runner cannot be asked
             # The same on every rank, though vLLM's runners have them in the order of a set.
             self._pooling_task = min(self._runner.get_supported_pooling_tasks(), default=None)
-        # As without chunked prefill, which some ways of pooling need.
+        # Without chunked prefill, as some ways of pooling need it, prompts are not split here either.
         self._whole_prompts = not worker.scheduler_config.enable_chunked_prefill
 
     @torch.inference_mode()
@@ -393,7 +393,7 @@ class SelfCheck:
         cache: list[tuple[str, torch.Tensor]],
         layers_before: int,
     ) -> list[Difference]:
-        """All differences in the order of the layers; allowed is what so many layers more would explain."""
+        """All differences in the order of the layers; allowed is as much as if ``layers_before`` came before them."""
         # On the CPU, a part holds some keys and some values, and of a single token one part may hold nothing.
         written = {name for name, expected in cache if expected.any()}
         differences = [

@@ -29,8 +29,8 @@ class Slots:
         impersonate: called with a TP=P rank before vLLM's loader fills that rank's slot.
 
     Attributes:
-        whole: all slots as one tensor, ``dims.sp`` times as large as ``param`` along ``dim``: the TP=T shard. Its
-            memory is contiguous along ``dim``, which is the transposed layout for a row-parallel weight.
+        whole: all slots as one tensor, ``dims.sp`` times as large as ``param`` along ``dim``: the TP=T shard. In memory
+            ``dim`` comes first, so that each slot is one dense block; a row-parallel weight is stored transposed.
     """
 
     def __init__(self, param: Any, dim: int, dims: ParallelDims, impersonate: Impersonate) -> None:
@@ -46,6 +46,7 @@ class Slots:
         param.data = self[dims.sp_rank]
 
     def __getitem__(self, slot: int) -> torch.Tensor:
+        """A slot as a view, in the shape of a TP=P shard."""
         return self.whole.narrow(self._dim, slot * self._size, self._size)
 
     def load(self, param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:

@@ -41,9 +41,9 @@ class ModeSwitch:
         group_name: of the SP group, for ``exchange.py``.
         through_peers: exchange through each other's memory, see ``peers.py``.
         own_tokens: LoRA adapters of this rank's tokens, see ``lora.py``; None without LoRA.
-        position_repeats: rows of ``positions`` a token in SP mode: S for rotary embedding of folded views, 1 where no
-            attention layer has them (code like DeepSeek-V2's compares these rows with those of hidden states), or where
-            positions are learned, and their embeddings added to hidden states.
+        position_repeats: rows of ``positions`` a token in SP mode. S where rotary embedding sees folded views; 1 where
+            a token has one row: in code of transformers, where all attention is gathered (code like DeepSeek-V2's
+            compares these rows with those of hidden states), and where positions are learned.
         attention_layers: that exchange tokens for heads.
     """
 
@@ -137,8 +137,8 @@ class ModeSwitch:
         """Before the model: decide the mode; in SP mode, keep only this rank's tokens.
 
         What has a row per token, [N, ...], becomes [n, ...]: ``input_ids``, ``inputs_embeds`` and, between pipeline
-        stages, ``intermediate_tensors``. ``positions`` [..., N] become [..., n*S], each repeated for every slot, or
-        [..., n], see ``position_repeats``.
+        stages, ``intermediate_tensors``. ``positions`` [..., N] become [..., n*S]: this rank's, each repeated for every
+        slot, or, with ``early``, those of all tokens, padded. Or [..., n], see ``position_repeats``.
 
         Raises:
             NotImplementedError: the model takes an input that SP mode does not know.
@@ -239,12 +239,12 @@ class ModeSwitch:
         return heads_to_tokens(self.with_padding(output), self.dims.sp, self.group_name, self.through_peers)
 
     def without_padding(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of all tokens, [n*S, ...] to [N, ...]."""
-        # The CPU backend sizes its work by the rows it is given; CUDA ones by the step, so a trace can keep them.
+        """Rows of all tokens, [n*S, ...] to [N, ...]; in a compiled SP mode as they are."""
+        # A trace can keep them: CUDA backends go by the tokens of the step, the CPU's by the rows it is given.
         return x if self._keep_padding else x[: self._num_tokens]
 
     def with_padding(self, x: torch.Tensor) -> torch.Tensor:
-        """The reverse of ``without_padding``."""
+        """The reverse of ``without_padding``; rows that are added are zeros."""
         if self._keep_padding:
             return x
         rows = self.dims.padded_tokens(self._num_tokens)

@@ -95,17 +95,12 @@ def _falling(values: Any) -> Any:
     return np.concatenate([np.full(len(pool), np.mean(pool)) for pool in pools])
 
 
-def _source_hash() -> str:
-    """Of this package: other code of it may take another time."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-
-
 class TimesCache:
     """Step times of an engine like this one, kept on disk under ``VLLM_CACHE_ROOT``.
 
     Args:
-        vllm_config: the engine's config; its hash covers the model, its shapes, dtype and layout.
+        vllm_config: the engine's config; its hash covers the model, its shapes, dtype and layout, and the code of this
+            package (see translate.py).
         exchange: how SP mode exchanges, see ``ModeSwitch``: through peers, and early.
     """
 
@@ -119,7 +114,7 @@ class TimesCache:
             "exchange": list(exchange),
             # As for vLLM's compile cache; it holds what chooses kernels and all-reduces, too.
             "environment": hash_factors(envs.compile_factors()),
-            "versions": [torch.__version__, _source_hash()],
+            "version": torch.__version__,
         }
         name = hashlib.sha256(json.dumps(self._key).encode()).hexdigest()[:16]
         self._path = Path(envs.VLLM_CACHE_ROOT) / "shift_parallel" / f"{name}.json"

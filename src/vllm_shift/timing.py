@@ -7,7 +7,7 @@ import torch
 
 
 class Mark(Protocol):
-    """A point in the work of a rank, made where it lies."""
+    """A point in the work of a rank: the one that it has reached when this is made."""
 
     def has_passed(self) -> bool:
         """Whether the device has come so far; asks, and does not wait."""
@@ -52,7 +52,7 @@ class CudaMark:
 
 
 class Device(Protocol):
-    """What the thread that makes this gives its work to."""
+    """Where the work of a thread runs; made in that thread."""
 
     def is_idle(self) -> bool:
         """Whether all of that work is done; asks, in any thread, and does not wait."""

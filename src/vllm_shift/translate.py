@@ -108,7 +108,7 @@ def read_settings(engine_args: Any) -> ShiftConfig:
 
 
 def _code_hash() -> str:
-    """Of this package: vLLM's compile cache knows of files that are traced only, not of those that lay weights out."""
+    """Of this package: vLLM's compile cache hashes traced files only, and would miss a change of how weights lie."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]
 

@@ -19,7 +19,7 @@ from vllm_shift.agreement import StepCheck, debug_wanted
 from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.exchange import custom_all_reduce, why_not_direct
-from vllm_shift.failure import captures_that_fail, describe_failure, describe_step
+from vllm_shift.failure import describe_failure, describe_step, failed_captures_end_at_once
 from vllm_shift.gathered import inside_gathered
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting, unfold, why_not_early
 from vllm_shift.limits import TESTED
@@ -39,6 +39,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 # Seconds in which an engine that fails to start may end in order. By default vLLM's executor needs 9 to kill workers.
 START_GRACE = 10
+# Seconds in which a rank may end in order after a step that failed, before others see their time-outs.
+STEP_GRACE_CUDA, STEP_GRACE_CPU = 2, 4
+# Seconds that a device may be busy once the engine ends, and those that the process has left then.
+SHUTDOWN_PATIENCE, SHUTDOWN_GRACE = 2, 1
 
 
 class ShiftWorkerMixin(WorkerBase):
@@ -68,8 +72,8 @@ class ShiftWorkerMixin(WorkerBase):
         all_ranks = get_tp_group()
         dims = self.shift_config.dims(all_ranks.rank_in_group)
         sp_group = _new_group(dims.sp_groups, dims.world, "ulysses_sp")
-        # With "tp" in its name a group gets vLLM's custom all-reduce. Its own check of the GPUs is of the host's first
-        # ones, whichever the group has.
+        # With "tp" in its name a group gets vLLM's custom all-reduce. Whether these GPUs can have it is asked here, of
+        # all ranks: vLLM looks at the first GPUs of the host, whichever the group has.
         name = "ulysses_tp" if why_not_direct(all_ranks) is None else "ulysses_rows"
         tp_group = _new_group(dims.tp_groups, dims.world, name) if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
@@ -135,9 +139,9 @@ class ShiftWorkerMixin(WorkerBase):
             attach_adapters(model, self.switch, self.vllm_config)
 
     def determine_available_memory(self) -> int:
-        """As the stock worker, whose profile is of the largest step; in both modes, if some steps run in TP mode.
+        """As the stock worker, whose profile is of the largest step: in SP mode and, where there is one, in TP mode.
 
-        With memory for the CUDA graphs of SP mode where the model runner does not count any.
+        Where the model runner counts no memory for CUDA graphs, that of SP mode's graphs is added.
         """
         stock_profile_run = self.model_runner.profile_run
 
@@ -165,7 +169,7 @@ class ShiftWorkerMixin(WorkerBase):
         return graph_memory(sum(map(self.switch.is_sp_step, sizes)), layers, self.switch.through_peers)
 
     def _run_largest_step(self, in_sp: bool, **kwargs: Any) -> None:
-        """Where stock vLLM compiles: torch.compile chooses kernels for the size of the first step, in either mode."""
+        """Before any other step in a mode: torch.compile chooses kernels for the size that it sees first."""
         if not self.switch.max_tp_tokens:
             return  # there is no TP mode
         most: int = self.scheduler_config.max_num_batched_tokens
@@ -261,7 +265,7 @@ class ShiftWorkerMixin(WorkerBase):
             if other_rank:
                 # The executor hears of an error from rank 0 only, which may wait for this rank in a collective.
                 # Of a process it hears once that has ended, and the end of GPUs' groups may wait for other ranks.
-                end_within(2 if current_platform.is_cuda() else 4)
+                end_within(STEP_GRACE_CUDA if current_platform.is_cuda() else STEP_GRACE_CPU)
                 raise SystemExit(1) from error
             raise
 
@@ -270,7 +274,7 @@ class ShiftWorkerMixin(WorkerBase):
         """For calls at start-up, in which this rank may fail while others wait for it in a collective."""
         all_reduces = map(custom_all_reduce, (get_tp_group(), *self._shift_groups))
         try:
-            with captures_that_fail([each for each in all_reduces if each is not None]):
+            with failed_captures_end_at_once([each for each in all_reduces if each is not None]):
                 yield
         except Exception:
             if self._end_is_noticed:
@@ -330,10 +334,10 @@ class ShiftWorkerMixin(WorkerBase):
         """As the stock worker; then our process groups, where no CUDA graph may still hold their communicators."""
         self.shift_counter.close()
         self._watch.close()
-        if self._end_is_noticed and not self._watch.device_ends_within(2):
+        if self._end_is_noticed and not self._watch.device_ends_within(SHUTDOWN_PATIENCE):
             # The end of the model runner would wait, too, until the executor kills this process 9 s after it asked.
             logger.error("Rank %d: the device is still busy, maybe with waiting for a rank that is gone.", self.rank)
-            end_within(1)
+            end_within(SHUTDOWN_GRACE)
         super().shutdown()
         if current_platform.is_cpu():
             for group in self._shift_groups:

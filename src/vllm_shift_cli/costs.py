@@ -108,6 +108,10 @@ class Layout:
         """The other mode of the same engine: TP over all ranks."""
         return Layout(1, self.world)
 
+    def local_tokens(self, num_tokens: int) -> int:
+        """Rows of one rank in a step of ``num_tokens`` tokens, n = ceil(N / S)."""
+        return -(-num_tokens // self.sp)
+
     def __str__(self) -> str:
         return f"SP={self.sp} x TP={self.tp}" if self.sp > 1 else f"TP={self.tp}"
 
@@ -233,7 +237,7 @@ def _products(model: ModelShape, layout: Layout) -> list[tuple[int, int]]:
 
 def weight_bytes(model: ModelShape, layout: Layout) -> int:
     """Weights on one GPU: layers and embedding of TP=T, the LM head of TP=P. Norms and biases are left out."""
-    layers = model.layers * sum(wide * out for wide, out in _products(model, layout))
+    layers = model.layers * sum(inputs * outputs for inputs, outputs in _products(model, layout))
     rows = shard(model, layout.world).vocabulary * (layout.sp + (0 if model.tied else 1))
     return model.element_bytes * (layers + rows * model.hidden)
 
@@ -250,17 +254,20 @@ def kv_tokens(model: ModelShape, layout: Layout, gpu: Gpu, achieved: Achieved = 
     return max(0, int(free // kv_bytes_per_token(model, layout.world)))
 
 
-def matmul_s(rows: int, wide: int, out: int, element_bytes: int, gpu: Gpu, achieved: Achieved = ACHIEVED) -> float:
-    """[rows, wide] x [wide, out]: the bounds by arithmetic and by memory, joined smoothly."""
-    flops = 2 * rows * wide * out / (gpu.tflops * 1e12 * achieved.matmul_flops)
-    moved = (wide * out + rows * (wide + out)) * element_bytes / (gpu.hbm_gb_s * 1e9 * achieved.weight_bandwidth)
+def matmul_s(
+    rows: int, inputs: int, outputs: int, element_bytes: int, gpu: Gpu, achieved: Achieved = ACHIEVED
+) -> float:
+    """[rows, inputs] x [inputs, outputs]: the bounds by arithmetic and by memory, joined smoothly."""
+    flops = 2 * rows * inputs * outputs / (gpu.tflops * 1e12 * achieved.matmul_flops)
+    elements = inputs * outputs + rows * (inputs + outputs)
+    moved = elements * element_bytes / (gpu.hbm_gb_s * 1e9 * achieved.weight_bandwidth)
     bound: float = (flops**achieved.sharpness + moved**achieved.sharpness) ** (1 / achieved.sharpness)
     return achieved.kernel_s + bound
 
 
 def layer_matmul_s(model: ModelShape, layout: Layout, tokens: int, gpu: Gpu, achieved: Achieved = ACHIEVED) -> float:
     """The four matrix products of one layer, on ceil(N / S) rows."""
-    rows = -(-tokens // layout.sp)
+    rows = layout.local_tokens(tokens)
     return sum(matmul_s(rows, *sizes, model.element_bytes, gpu, achieved) for sizes in _products(model, layout))
 
 
@@ -277,7 +284,7 @@ def _attention_s(model: ModelShape, world: int, batch: Batch, gpu: Gpu, achieved
 
 def _elementwise_s(model: ModelShape, layout: Layout, tokens: int, cluster: Cluster, achieved: Achieved) -> float:
     """Norms, rotary embedding, the write to the KV cache and the activation of one layer; copies of the exchange."""
-    own, n = shard(model, layout.world), -(-tokens // layout.sp)
+    own, n = shard(model, layout.world), layout.local_tokens(tokens)
     folded = n * layout.sp
     # Elements read and written: two norms that also add the residual; q, k, v; the cache; gate, up and their product.
     moved = 8 * n * model.hidden + folded * (2 * (own.q + 2 * own.kv) + 4 * own.kv + 3 * own.intermediate)
@@ -357,7 +364,7 @@ def all_to_all_s(size: float, ranks: int, cluster: Cluster, achieved: Achieved =
 
 def exchange_bytes(model: ModelShape, layout: Layout, tokens: int) -> tuple[int, int]:
     """What a rank holds for the all-to-all before attention (q, k, v) and for that after it."""
-    own, rows = shard(model, layout.world), -(-tokens // layout.sp) * layout.sp
+    own, rows = shard(model, layout.world), layout.local_tokens(tokens) * layout.sp
     return rows * (own.q + 2 * own.kv) * model.element_bytes, rows * own.q * model.element_bytes
 
 
@@ -397,7 +404,7 @@ def step_time(
 ) -> StepTime:
     """One step in SP=S x TP=T; give ``layout.tp_mode`` for TP mode."""
     gpu, world, tokens = cluster.gpu, layout.world, batch.tokens
-    own, rows = shard(model, world), -(-tokens // layout.sp)
+    own, rows = shard(model, world), layout.local_tokens(tokens)
     hidden = rows * model.hidden * model.element_bytes
     reduced = all_reduce_s(hidden, layout.tp, layout.sp, cluster, achieved)
     exchanged = sum(all_to_all_s(size, layout.sp, cluster, achieved) for size in exchange_bytes(model, layout, tokens))

@@ -136,39 +136,40 @@ def make_plan(question: Question) -> Plan:
     return Plan(options, *_choose(question, options))
 
 
-def _option(ask: Question, layout: Layout) -> Option:
-    model, most = ask.model, ask.most
-    kv_tokens = costs.kv_tokens(model, layout, ask.cluster.gpu, ask.achieved)
+def _option(question: Question, layout: Layout) -> Option:
+    model, most = question.model, question.most
+    kv_tokens = costs.kv_tokens(model, layout, question.cluster.gpu, question.achieved)
 
     def milliseconds(batch: Batch) -> float:
-        return 1e3 * costs.step_time(model, layout, batch, ask.cluster, ask.achieved).total
+        return 1e3 * costs.step_time(model, layout, batch, question.cluster, question.achieved).total
 
     prefill = sorted({n for n in PREFILL_TOKENS if n <= most} | {most})
     decode = [requests for requests in DECODE_REQUESTS if requests <= most]
-    tp_s = costs.step_time(model, layout.tp_mode, Batch(1, most), ask.cluster, ask.achieved).gpu
+    tp_s = costs.step_time(model, layout.tp_mode, Batch(1, most), question.cluster, question.achieved).gpu
     sp = layout.sp > 1
     return Option(
         layout=layout,
         weight_gib=costs.weight_bytes(model, layout) / GIB,
         kv_tokens=kv_tokens,
-        threshold=costs.crossover(model, layout, most, ask.cluster, ask.achieved) if sp else None,
-        saving=costs.saving(model, layout, most, ask.cluster, ask.achieved) / tp_s if sp else 0.0,
+        threshold=costs.crossover(model, layout, most, question.cluster, question.achieved) if sp else None,
+        saving=costs.saving(model, layout, most, question.cluster, question.achieved) / tp_s if sp else 0.0,
         prefill_ms={n: milliseconds(Batch(1, n)) for n in prefill},
         decode_ms={
-            n: milliseconds(Batch(n, 1, ask.context)) if n * (ask.context + 1) <= kv_tokens else None for n in decode
+            n: milliseconds(Batch(n, 1, question.context)) if n * (question.context + 1) <= kv_tokens else None
+            for n in decode
         },
     )
 
 
-def _choose(ask: Question, options: list[Option]) -> tuple[Option | None, str]:
+def _choose(question: Question, options: list[Option]) -> tuple[Option | None, str]:
     tp, shifting = options[0], options[1:]
-    least = ask.kv_needed or ask.most
+    least = question.kv_needed or question.most
     if tp.kv_tokens < least:
         return None, (
             f"Nothing fits: {tp.layout} leaves room for {tp.kv_tokens:,} tokens of KV cache beside {tp.weight_gib:.1f} "
             f"GiB of weights a GPU, and {least:,} are needed; take more GPUs or larger ones."
         )
-    least = ask.kv_needed or max(ask.most, tp.kv_tokens // 2)
+    least = question.kv_needed or max(question.most, tp.kv_tokens // 2)
     fitting = [option for option in shifting if option.kv_tokens >= least]
     if not fitting:
         return tp, (
@@ -179,8 +180,8 @@ def _choose(ask: Question, options: list[Option]) -> tuple[Option | None, str]:
     # Of equally fast layouts the one with the most KV cache.
     choice = max((o for o in fitting if o.saving >= best - _EQUAL), key=lambda o: o.kv_tokens)
     times = (
-        f"a step of {ask.most:,} tokens takes {choice.prefill_ms[ask.most]:.1f} ms in {choice.layout} and "
-        f"{tp.prefill_ms[ask.most]:.1f} ms in {tp.layout}"
+        f"a step of {question.most:,} tokens takes {choice.prefill_ms[question.most]:.1f} ms in {choice.layout} and "
+        f"{tp.prefill_ms[question.most]:.1f} ms in {tp.layout}"
     )
     lost = f"{100 * (1 - choice.kv_tokens / tp.kv_tokens):.0f} %"
     less = f"{100 * choice.saving:.0f} % less"
@@ -277,7 +278,7 @@ def _shape(config: dict[str, Any], path: Path) -> ModelShape:
     )
 
 
-def to_json(ask: Question, plan: Plan) -> dict[str, Any]:
+def to_json(question: Question, plan: Plan) -> dict[str, Any]:
     """The plan with all its inputs, as JSON takes it."""
 
     def option_json(option: Option) -> dict[str, Any]:
@@ -285,7 +286,7 @@ def to_json(ask: Question, plan: Plan) -> dict[str, Any]:
 
     return {
         "what": "a prediction of a cost model, not a measurement",
-        "inputs": asdict(ask),
+        "inputs": asdict(question),
         "options": [option_json(option) for option in plan.options],
         "choice": None if plan.choice is None else {"sp": plan.choice.layout.sp, "tp": plan.choice.layout.tp},
         "flags": flags(plan.choice),
@@ -304,25 +305,27 @@ def flags(choice: Option | None) -> str | None:
     return text
 
 
-def to_text(ask: Question, plan: Plan) -> str:
+def to_text(question: Question, plan: Plan) -> str:
     """The plan for a reader, at most 120 columns wide."""
-    tp, model, cluster = plan.options[0], ask.model, ask.cluster
-    hosts = -(-ask.world // cluster.node_size)
+    tp, model, cluster = plan.options[0], question.model, question.cluster
+    hosts = -(-question.world // cluster.node_size)
     link = f"{cluster.gpu.link_gb_s:g} GB/s {'NVLink' if cluster.gpu.nvlink else 'PCIe'}"
     network = f", {hosts} hosts of {cluster.node_size}, {cluster.network_gb_s:g} GB/s a GPU between them" * (hosts > 1)
-    needed = f"{ask.kv_needed:,} tokens" if ask.kv_needed else f"half of the tokens that {tp.layout} has room for"
+    needed = (
+        f"{question.kv_needed:,} tokens" if question.kv_needed else f"half of the tokens that {tp.layout} has room for"
+    )
     lines = [
         "PREDICTION of a cost model fitted to measurements on H100 and H200; not a measurement of your machine.",
         "",
         f"Model   {model.name}: {model.layers} layers, hidden {model.hidden}, MLP {model.intermediate}, "
         f"{model.heads} heads, {model.kv_heads} KV heads, vocabulary {model.vocabulary}",
-        f"GPUs    {ask.world} x {cluster.gpu.name}, {link}{network}",
+        f"GPUs    {question.world} x {cluster.gpu.name}, {link}{network}",
         f"        {cluster.gpu.tflops:g} TFLOP/s dense bf16, {cluster.gpu.hbm_gb_s:g} GB/s memory, "
-        f"{cluster.gpu.memory_gib:g} GiB of which vLLM takes {100 * ask.achieved.memory_share:.0f} %",
-        f"Server  steps of up to {ask.most:,} tokens, KV cache for at least {needed}",
+        f"{cluster.gpu.memory_gib:g} GiB of which vLLM takes {100 * question.achieved.memory_share:.0f} %",
+        f"Server  steps of up to {question.most:,} tokens, KV cache for at least {needed}",
         "",
         *_table(
-            ["", "weights, GiB a GPU", "KV cache, tokens", "threshold", f"gain at {ask.most:,} tokens"],
+            ["", "weights, GiB a GPU", "KV cache, tokens", "threshold", f"gain at {question.most:,} tokens"],
             [[str(o.layout), f"{o.weight_gib:.1f}", f"{o.kv_tokens:,}" if o.kv_tokens else "does not fit",
               *(_threshold_cells(o) if o is not tp else ["stock vLLM", ""])] for o in plan.options],
         ),
@@ -330,8 +333,8 @@ def to_text(ask: Question, plan: Plan) -> str:
         "Prefill: ms for a step of one prompt with so many tokens. TP mode of every row is the first row.",
         *_times({str(option.layout): option.prefill_ms for option in plan.options}),
         "",
-        f"Decode: ms for a step of so many requests, {ask.context:,} tokens of context each; - where the KV cache is "
-        "too small.",
+        f"Decode: ms for a step of so many requests, {question.context:,} tokens of context each; - where the KV cache "
+        "is too small.",
         *_times({str(option.layout): option.decode_ms for option in plan.options}),
         "",
     ]  # fmt: skip
@@ -339,8 +342,8 @@ def to_text(ask: Question, plan: Plan) -> str:
     lines += [f"Recommended: {name}. {plan.reason}"]
     if plan.choice:
         lines += ["Flags:", f"  {flags(plan.choice)}"]
-    if costs.kv_tokens(model, Layout(1, 1), cluster.gpu, ask.achieved) >= (ask.kv_needed or ask.most):
-        lines += [f"The model fits one GPU: {ask.world} servers of one GPU each may give more throughput."]
+    if costs.kv_tokens(model, Layout(1, 1), cluster.gpu, question.achieved) >= (question.kv_needed or question.most):
+        lines += [f"The model fits one GPU: {question.world} servers of one GPU each may give more throughput."]
     return "\n".join(_wrapped(line) for line in lines)
 
 
@@ -371,7 +374,7 @@ def _wrapped(line: str) -> str:
 
 def _run(args: argparse.Namespace) -> int:
     gpu = costs.GPUS[args.gpu]
-    ask = Question(
+    question = Question(
         model=read_model(args.model),
         world=args.gpus,
         cluster=Cluster(gpu, args.node_size, args.network_gb_s),
@@ -380,6 +383,6 @@ def _run(args: argparse.Namespace) -> int:
         kv_needed=args.kv_tokens,
         achieved=replace(costs.ACHIEVED, memory_share=args.gpu_memory_utilization),
     )
-    plan = make_plan(ask)
-    sys.stdout.write((json.dumps(to_json(ask, plan), indent=2) if args.json else to_text(ask, plan)) + "\n")
+    plan = make_plan(question)
+    sys.stdout.write((json.dumps(to_json(question, plan), indent=2) if args.json else to_text(question, plan)) + "\n")
     return 0

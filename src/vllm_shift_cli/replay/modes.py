@@ -14,10 +14,8 @@ class ModeSample:
 
     Attributes:
         time: seconds since the replay began.
-        tp_steps: steps in TP mode; the others likewise.
-        sp_steps: see tp_steps.
-        tp_tokens: see tp_steps.
-        sp_tokens: see tp_steps.
+        tp_steps, sp_steps: steps by mode.
+        tp_tokens, sp_tokens: tokens in them.
         mode_changes: steps that ran in another mode than the step before.
         threshold: largest number of tokens of a step in TP mode.
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vllm_shift_cli.replay.report import LATENCIES, Report, warnings
+from vllm_shift_cli.replay.report import LATENCIES, PERCENTILES, Report, warnings
 
 
 def write_page(title: str, reports: dict[str, Report], picture: Path, path: Path) -> None:
@@ -39,7 +39,7 @@ def rows(reports: dict[str, Report]) -> list[tuple[str, list[str]]]:
 
     table = [row(title, [summary[name] for summary in summaries]) for name, title in _COUNTS.items()]
     for name, title in LATENCIES.items():
-        for key in ("p50", "p90", "p99", "mean", "max"):
+        for key in (*(f"p{percent}" for percent in PERCENTILES), "mean", "max"):
             found = [summary["latencies"][name] for summary in summaries]
             table.append((f"{title}, {key} [ms]", [_ms(values and values[key]) for values in found]))
     for name, title in _MODES.items():

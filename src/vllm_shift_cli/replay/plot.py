@@ -18,6 +18,7 @@ from vllm_shift_cli.replay.report import LATENCIES, Report, in_flight, latencies
 
 # Blue and orange of a palette that colour-blind readers can tell apart (Okabe and Ito).
 TP, SP, GREY, RED = "#0072B2", "#E69F00", "#666666", "#D55E00"
+PROMPT, OUTPUT = "#CC79A7", "#009E73"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 _STYLE: Any = {
@@ -91,9 +92,7 @@ def plot_comparison(reports: dict[str, Report], path: Path) -> None:
 
 def _title(report: Report) -> str:
     settings, summary = report["settings"], report["summary"]
-    title = (
-        f"{settings['trace']} on {report['settings']['model']}: {summary['completed']} of {report['planned']} answered"
-    )
+    title = f"{settings['trace']} on {settings['model']}: {summary['completed']} of {report['planned']} answered"
     return title + (" (interrupted)" if report["interrupted"] else "")
 
 
@@ -110,8 +109,8 @@ def _requests(axes: Axes, report: Report) -> None:
 
 def _throughput(axes: Axes, report: Report) -> None:
     bins = throughput(report)
-    axes.stairs(bins["prompt"], bins["edges"], color="#CC79A7", linewidth=1.5, label="prompt")
-    axes.stairs(bins["output"], bins["edges"], color="#009E73", linewidth=1.8, label="output")
+    axes.stairs(bins["prompt"], bins["edges"], color=PROMPT, linewidth=1.5, label="prompt")
+    axes.stairs(bins["output"], bins["edges"], color=OUTPUT, linewidth=1.8, label="output")
     axes.set_title("Throughput of complete answers")
     axes.set_ylabel("tokens / s")
     axes.set_ylim(bottom=0)

@@ -10,6 +10,7 @@ BLOCK = 512
 # Ids that every vocabulary has, past the special tokens that many begin with.
 _LOWEST, _HIGHEST = 10, 250
 
+# Parts of a seed: block 3 and request 3 must not have the same tokens.
 _UNIQUE, _SHARED = 0, 1
 
 
