@@ -1,6 +1,6 @@
-"""One rank that compares steps with the others by ``StepCheck``; its last line is what that raises, as JSON.
+"""One rank that compares settings and steps with the others; its last line is what that raises, as JSON.
 
-Usage: agreement_rank.py RANK WORLD PORT. In each third step the last rank diverges.
+Usage: agreement_rank.py RANK WORLD PORT. The last rank has other settings, and diverges in each third step.
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 
 from torch import distributed
 
-from vllm_shift.agreement import StepCheck
+from vllm_shift.agreement import StepCheck, check_settings
 
 DIVERGENCES = {
     "nothing": (256, [1, 90, 7]),
@@ -17,6 +17,8 @@ DIVERGENCES = {
     "order": (256, [90, 1, 7]),
     "no step": (256, []),
 }
+
+SETTINGS = {"the same settings": 256, "other settings": "auto"}
 
 
 def main() -> None:
@@ -30,6 +32,12 @@ def main() -> None:
         try:
             check(*DIVERGENCES[what if rank == world - 1 else "nothing"])
         except RuntimeError as error:
+            raised[what] = str(error)
+    for what, threshold in SETTINGS.items():
+        settings = {"shift_parallel_threshold": threshold if rank == world - 1 else 256, "enforce_eager": False}
+        try:
+            check_settings(distributed.group.WORLD, settings)
+        except ValueError as error:
             raised[what] = str(error)
     distributed.destroy_process_group()
     sys.stdout.write("\n" + json.dumps(raised))

@@ -1,4 +1,4 @@
-"""The comparison of steps across ranks."""
+"""The comparison of settings and steps across ranks."""
 
 import json
 import subprocess
@@ -45,6 +45,13 @@ def test_a_rank_that_diverges_is_reported_by_every_rank(raised, what):
     tokens, requests = sum(DIVERGENCES[what][1]), len(DIVERGENCES[what][1])
     mode = "SP" if what == "mode" else "TP"
     assert f"rank 2: step 2 in {mode} mode, {tokens} tokens of {requests} requests" in message
+
+
+@pytest.mark.engine
+def test_ranks_with_other_settings_are_named_by_every_rank(raised):
+    assert not any("the same settings" in rank for rank in raised)
+    (message,) = {rank["other settings"] for rank in raised}
+    assert "shift_parallel_threshold is not the same on all ranks: rank 0: 256; rank 1: 256; rank 2: 'auto'" in message
 
 
 def test_it_is_off_unless_asked_for(monkeypatch):

@@ -1,6 +1,7 @@
 """Modules on gathered tokens, on one rank without collectives, and inside a trace."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,8 @@ class Experts(MoERunnerInterface):
         self.moe_config = SimpleNamespace(
             skip_final_all_reduce=False,
             is_sequence_parallel=is_sequence_parallel,
+            tp_size=6,
+            ep_size=1,
             moe_parallel_config=SimpleNamespace(use_all2all_kernels=False),
         )
         self.router, self.shared = None, Row()
@@ -158,7 +161,7 @@ class Experts(MoERunnerInterface):
 Experts.__abstractmethods__ = frozenset()
 
 
-def experts(**changed: bool) -> Experts:
+def experts(**changed: Any) -> Experts:
     module = Experts()
     for name, value in changed.items():
         config = module.moe_config
@@ -195,13 +198,14 @@ class AddsAfterwards(Mixes):
         (lambda: Experts(is_sequence_parallel=True), False),
         (lambda: experts(use_all2all_kernels=True), False),
         (lambda: experts(skip_final_all_reduce=True), False),
+        (lambda: experts(tp_size=1), False),
         (experts_that_do_nothing, False),
         (leaves_the_sum, False),
         # What the sum becomes afterwards is not a sum.
         (lambda: AddsAfterwards(6), True),
     ],
     ids=["returns", "writes", "experts", "two layers", "no sum", "sums elsewhere", "all-to-all", "skips",
-         "zero experts", "leaves the sum", "adds afterwards"],
+         "on every rank", "zero experts", "leaves the sum", "adds afterwards"],
 )  # fmt: skip
 def test_a_sum_over_ranks_costs_no_more_than_in_tp_mode(make, sums):
     module, switch = make(), Switch(in_sp=True)
@@ -254,6 +258,23 @@ class NormOverAllHeads(Plain):
         return self.norm(tensor_model_parallel_all_gather(x))
 
 
+class NormOfEachHead(Plain):
+    """Its norm has a shard of weights, which the model loads in its own way, as Command R+ and MiniMax M2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm.weight.weight_loader = lambda param, loaded_weight: None
+
+
+class NotOfHeads(nn.Module):
+    """A decoder layer: such a norm, but over hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.norm = Plain(), nn.LayerNorm(2)
+        self.norm.weight.weight_loader = lambda param, loaded_weight: None
+
+
 class ExpertsOnTheirOwn(NormOverAllHeads):
     """Calls it only with vLLM's sequence parallelism of experts."""
 
@@ -265,12 +286,13 @@ class Whole(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Plain(), NormOverAllHeads(), ExpertsOnTheirOwn()])
+        layers = [Plain(), NormOverAllHeads(), ExpertsOnTheirOwn(), NormOfEachHead(), NotOfHeads()]
+        self.layers = nn.ModuleList(layers)
         self.layers[0].o_proj = StockRow()  # its own code gathers, too, and has a way to run in SP mode
 
     def forward(self, x):
         return tensor_model_parallel_all_gather(x)
 
 
-def test_modules_that_call_collectives_are_found():
-    assert [name for name, _ in gathered_modules(Whole())] == ["layers.1"]
+def test_modules_that_mix_heads_are_found():
+    assert [name for name, _ in gathered_modules(Whole())] == ["layers.1", "layers.3"]

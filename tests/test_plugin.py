@@ -280,7 +280,7 @@ def everything_unsupported(name):
     engine = SimpleNamespace(
         parallel_config=SimpleNamespace(
             **{f"{size}_parallel_size": 2 for size in sizes}, enable_eplb=True, use_ubatching=True,
-            distributed_executor_backend="uni",
+            distributed_executor_backend="uni", nnodes=2,
         ),
         compilation_config=SimpleNamespace(
             pass_config=SimpleNamespace(enable_sp=True), mode=1, dynamic_shapes_config=SimpleNamespace(type="unbacked")

@@ -345,6 +345,23 @@ def test_a_rank_on_each_of_two_nodes(model, tmp_path):
 
 
 @pytest.mark.nightly
+def test_nodes_with_other_settings_end_with_the_values_of_both(model, tmp_path):
+    flags = ["--ulysses-sequence-parallel-size", "2", "--enable-shift-parallel", "--enforce-eager", "--nnodes", "2"]
+    flags += ["--master-addr", "127.0.0.1", "--master-port", str(get_open_port()), "--shift-parallel-threshold"]
+    first = Server("vllm serve", model, tmp_path / "log", [*flags, "32", "--node-rank", "0"], {})
+    second = Server("vllm serve", model, tmp_path / "log2", [*flags, "16", "--node-rank", "1", "--headless"], {})
+    try:
+        assert [server.process.wait(200) for server in (first, second)] == [1, 1]
+        assert [*first.processes(), *second.processes()] == []
+    finally:
+        for server in (first, second):
+            with suppress(ProcessLookupError):
+                os.killpg(server.process.pid, signal.SIGKILL)
+    for server in (first, second):
+        assert "shift_parallel_threshold is not the same on all ranks: rank 0: 32; rank 1: 16" in server.log.read_text()
+
+
+@pytest.mark.nightly
 def test_two_replicas_behind_two_api_servers(model, tmp_path):
     """Data parallelism, and API servers that read the flags before they load plugins."""
     prompts = [tokens(length, start=length) for length in (90, 20, 70, 3, 100, 50)]

@@ -53,6 +53,11 @@ MORE_CONFIGS = {
     "glm4": (transformers.Glm4Config, {"partial_rotary_factor": 0.5, "tie_word_embeddings": False, "pad_token_id": 0}),
     "olmo2": (transformers.Olmo2Config, {"pad_token_id": 0, "num_key_value_heads": 4}),
     "olmo3": (transformers.Olmo3Config, {"pad_token_id": 0, "num_key_value_heads": 4, **LAYER_TYPES}),
+    # A norm with weights for each head, as of Command R+.
+    "cohere": (
+        transformers.CohereConfig,
+        {"use_qk_norm": True, "num_key_value_heads": 4, "logit_scale": 1.0, "pad_token_id": 0},
+    ),
     "mixtral": (
         transformers.MixtralConfig,
         {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256},

@@ -1,12 +1,13 @@
-"""Whether all ranks are about to run the same step in the same mode, compared where ``VLLM_SHIFT_DEBUG=1``.
+"""Whether all ranks have the same settings, and, with ``VLLM_SHIFT_DEBUG=1``, whether they run the same steps.
 
-Ranks that disagree wait for each other in different collectives, which is a hang without a word. The comparison costs
-an all-gather of a few numbers on the CPU before every step, so it is off by default.
+Ranks that disagree wait for each other in different collectives, which is a hang without a word. Settings are compared
+once, at start-up. To compare steps costs an all-gather of a few numbers on the CPU before each: off by default.
 """
 
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
@@ -26,6 +27,29 @@ def debug_wanted() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {value!r}")
     return value == "1"
+
+
+def check_settings(group: ProcessGroup, settings: Mapping[str, Any]) -> None:
+    """Compare what decides the modes and sizes of steps; every rank has to call.
+
+    The ranks of one node have it from one command line, each node has its own.
+
+    Args:
+        group: a process group of the CPU (gloo) with every rank of the engine.
+        settings: this rank's, by name.
+
+    Raises:
+        ValueError: the ranks disagree; on every rank, with the values of each.
+    """
+    views: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(views, dict(settings), group=group)
+    for name in settings:
+        if any(view[name] != settings[name] for view in views):
+            shown = "; ".join(f"rank {rank}: {view[name]!r}" for rank, view in enumerate(views))
+            raise ValueError(
+                f"Shift Parallelism: {name} is not the same on all ranks: {shown}. "
+                "Start all nodes with the same flags, variables and version"
+            )
 
 
 class StepCheck:

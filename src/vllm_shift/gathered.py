@@ -1,11 +1,11 @@
 """Modules that SP cannot divide by tokens or heads: they run as in TP mode, on the tokens of the whole SP group.
 
-Such a module mixes tokens (a state space model), heads (a norm over all heads), or has TP built into its own kernels
-(experts). In SP mode an all-gather over the SP group gives it all N tokens, and it runs with TP=P's weights. Its sum
-over ranks becomes a reduce-scatter over the SP group and an all-reduce over the TP group, which leave a rank with the
-result of its own n tokens. The three move as many bytes as TP mode's all-reduce over P ranks. (A module with several
-such sums keeps its all-reduces, and each rank takes its rows of the result.) Its layers need no slots. Hooks do it,
-from outside.
+Such a module mixes tokens (a state space model), heads (a norm over all heads), has a norm with weights for each head,
+or has TP built into its own kernels (experts). In SP mode an all-gather over the SP group gives it all N tokens, and it
+runs with TP=P's weights. Its sum over ranks becomes a reduce-scatter over the SP group and an all-reduce over the TP
+group, which leave a rank with the result of its own n tokens. The three move as many bytes as TP mode's all-reduce over
+P ranks. (A module with several such sums keeps its all-reduces, and each rank takes its rows of the result.) Its layers
+need no slots. Hooks do it, from outside.
 """
 
 import inspect
@@ -23,6 +23,7 @@ from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 _CLASSES = (MambaBase, MoERunnerInterface, MultiHeadLatentAttentionWrapper)
 
@@ -71,9 +72,19 @@ def _needs_all_tokens(module: nn.Module) -> bool:
         return False  # a whole model
     if any(getattr(module, name, None) is False for name in _SEQUENCE_PARALLEL_EXPERTS):
         return False
+    if any(isinstance(child, Attention) for child in module.children()) and _has_weights_of_heads(module):
+        return True
     methods = [method for _, method in inspect.getmembers(type(module), inspect.isfunction)]
     own = [method for method in methods if not method.__module__.startswith("torch.")]
     return any(_COLLECTIVES & set(method.__code__.co_names) for method in own)
+
+
+def _has_weights_of_heads(module: nn.Module) -> bool:
+    """Whether a norm in it has a shard of weights: those of the heads of TP=P, of which a row in SP mode has others."""
+    others = (child for child in module.modules() if not isinstance(child, LinearBase | Attention))
+    parameters = (parameter for child in others for parameter in child.parameters(recurse=False))
+    loaders = (getattr(parameter, "weight_loader", default_weight_loader) for parameter in parameters)
+    return any(loader is not default_weight_loader for loader in loaders)
 
 
 class Gather:
@@ -171,8 +182,9 @@ def _experts_that_sum(module: Any) -> Any:
     if not isinstance(module, MoERunnerInterface):
         return None
     config = module.moe_config
-    # As in vllm/model_executor/layers/fused_moe/layer.py.
+    # As in vllm/model_executor/layers/fused_moe/layer.py and runner/moe_runner.py.
     leaves_out = not config.moe_parallel_config.use_all2all_kernels and not config.is_sequence_parallel
+    leaves_out = leaves_out and (config.tp_size > 1 or config.ep_size > 1)
     adds_more = isinstance(module.router, ZeroExpertRouter)
     return config if leaves_out and not adds_more and not config.skip_final_all_reduce else None
 

@@ -16,6 +16,7 @@ from vllm_shift.config import CONFIG_KEY
 
 # Each is tested against transformers and stock vLLM, in both modes. Others run by the self-check only.
 ARCHITECTURES = (
+    "CohereForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "Glm4ForCausalLM",
@@ -229,6 +230,13 @@ ENGINE_LIMITS = (
             and _not_in(config.parallel_config.distributed_executor_backend, ("mp",))
         ),
         "use --distributed-executor-backend mp",
+    ),
+    Limit(
+        "data parallelism together with --nnodes",
+        # Of a dense model vLLM makes engines without data parallelism, which take all nodes for theirs
+        # (run_engine_core in vllm/v1/engine/core.py, nnodes_within_dp in vllm/config/parallel.py).
+        lambda config: _above_one(config, "data_parallel_size") and _above_one(config, "nnodes"),
+        "leave out --nnodes, and start each node with its own --data-parallel-start-rank",
     ),
     Limit(
         "prefill context parallelism",

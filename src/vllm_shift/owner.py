@@ -32,8 +32,8 @@ def end_with_owner() -> None:
 
     And end this worker when the engine core has ended.
 
-    Does nothing where the three are not child, parent and grandparent, as with Ray or an engine within the user's own
-    process, whose workers vLLM ends by itself.
+    Does nothing where the three are not child, parent and grandparent, as with an engine within the user's own process,
+    whose workers vLLM ends by itself.
     """
     core = psutil.Process().parent()
     if core is None or str(core.ppid()) != os.environ.get(_VARIABLE):

@@ -15,9 +15,9 @@ from vllm.platforms import current_platform
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.worker.worker_base import WorkerBase
 
-from vllm_shift.agreement import StepCheck, debug_wanted
+from vllm_shift.agreement import VARIABLE, StepCheck, check_settings, debug_wanted
 from vllm_shift.calibrate import calibrate
-from vllm_shift.config import CONFIG_KEY, ShiftConfig
+from vllm_shift.config import CODE_KEY, CONFIG_KEY, ShiftConfig
 from vllm_shift.exchange import custom_all_reduce, why_not_direct
 from vllm_shift.failure import describe_failure, describe_step, failed_captures_end_at_once
 from vllm_shift.gathered import inside_gathered
@@ -58,15 +58,17 @@ class ShiftWorkerMixin(WorkerBase):
         self._step_check: StepCheck | None = None
         self._step = "A step of the self-check"
         self._watch = StuckStepWatch(self.rank, device, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
-        end_with_owner()
+        if self.parallel_config.distributed_executor_backend == "mp":
+            end_with_owner()
 
     def init_device(self) -> None:
         """As the stock worker; then the process groups of SP mode.
 
         Raises:
-            ValueError: ``VLLM_SHIFT_DEBUG`` is neither 0 nor 1.
+            ValueError: ``VLLM_SHIFT_DEBUG`` is neither 0 nor 1, or nodes were started with different settings.
         """
         super().init_device()
+        self._check_settings()
         self.shift_config = ShiftConfig.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         # Within its pipeline stage; vLLM's TP group is all ranks of the stage.
         all_ranks = get_tp_group()
@@ -80,6 +82,20 @@ class ShiftWorkerMixin(WorkerBase):
         self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
         if debug_wanted():
             self._step_check = StepCheck(get_world_group().cpu_group)
+
+    def _check_settings(self) -> None:
+        config = self.vllm_config
+        check_settings(
+            get_world_group().cpu_group,
+            config.additional_config[CONFIG_KEY]
+            | {
+                "the version of vllm-shift": config.additional_config[CODE_KEY],
+                VARIABLE: debug_wanted(),
+                "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+                "enforce_eager": config.model_config.enforce_eager,
+                "cudagraph_capture_sizes": config.compilation_config.cudagraph_capture_sizes,
+            },
+        )
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """As the stock worker, with our layers in the model.
@@ -227,7 +243,7 @@ class ShiftWorkerMixin(WorkerBase):
 
         Raises:
             RuntimeError: with ``VLLM_SHIFT_DEBUG=1``, the ranks disagree on the step.
-            SystemExit: the step raised, on another rank than 0 and with the executor ``mp``.
+            SystemExit: the step raised, on another rank than 0 and with the executor ``mp`` or ``ray``.
         """
         max_tp_tokens = self.switch.max_tp_tokens
         if self._step_check is not None:
@@ -250,8 +266,9 @@ class ShiftWorkerMixin(WorkerBase):
 
     @property
     def _end_is_noticed(self) -> bool:
-        """Whether vLLM's executor notices the end of this process and ends the others: the executor ``mp``."""
-        return bool(self.parallel_config.distributed_executor_backend == "mp")
+        """Whether vLLM's executor notices the end of this process and ends the others."""
+        # See start_worker_monitor in vllm/v1/executor/multiproc_executor.py and ray_executor_v2.py.
+        return self.parallel_config.distributed_executor_backend in ("mp", "ray")
 
     @contextmanager
     def _reported_step(self) -> Iterator[None]:
