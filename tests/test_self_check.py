@@ -92,6 +92,32 @@ def test_what_only_large_steps_do_is_checked_too(monkeypatch, swap_bytes, checks
     assert check._runner.cudagraph_manager._graphs_captured
 
 
+@pytest.mark.parametrize("rank", range(4))
+def test_a_share_that_may_differ_does_not_hide_a_rank(rank):
+    """Of a mixture of experts that a quarter of the vectors may differ more, and a rank has a quarter of the tokens."""
+    check = object.__new__(SelfCheck)
+    check._switch = SimpleNamespace(dims=ParallelDims(4, 1, 0))
+    check._share, check._dtype, check._layers, check._quantizes, check._quantizes_cache = (
+        0.25,
+        torch.bfloat16,
+        48,
+        *[False] * 2,
+    )
+    check._read_cache = lambda lengths: []
+    reference = torch.randn(257, 16, generator=torch.Generator().manual_seed(0))
+
+    def failures(wrong):
+        found = reference.clone()
+        found[wrong] *= -1
+        return [each for each in check._compare([86, 86, 85], reference, found, [], 0) if each.fails]
+
+    of_rank = torch.arange(257).split(65)[rank]
+    # With the last prompt first, its tokens are in two places.
+    assert failures(of_rank)
+    assert failures((of_rank + 86) % 257)
+    assert not failures(torch.randperm(257, generator=torch.Generator().manual_seed(rank))[:60])
+
+
 def test_relative_error():
     x = torch.randn(50, 4, 32, generator=torch.Generator().manual_seed(0))
     assert relative_error(x, x, 0) == 0

@@ -24,6 +24,10 @@ MOE_SHARE = 0.25
 # The same where inputs are quantized: some tokens have far larger values than others, and errors with them.
 QUANTIZED_SHARE = 0.1
 
+# Of a quarter of a rank's tokens, if that has so many: a bug of the rank is in all of them. After an early token
+# that went to another expert all later ones of a prompt differ, so MOST_ALLOWED goes with it.
+PART_SHARE, TOKENS_OF_A_PART = 0.75, 8
+
 # Where layers quantize their inputs, the modes round differently: a row-parallel layer's input has one scale for 1/T of
 # a token in SP mode, for 1/P in TP mode. In SmolLM2-135M, nine tenths of the vectors differ by less than 0.051 in
 # layer 1 and 0.18 in layer 29 with FP8, 0.083 and 0.28 with INT8 (S=3, simulated). No layer comes before layer 0, whose

@@ -36,7 +36,15 @@ from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import SlottedQKVParallelLinear
 from vllm_shift.limits import TESTED
 from vllm_shift.quantized import quantizes_inputs
-from vllm_shift.rounding import MOE_SHARE, QUANTIZED_SHARE, allowed_error, relative_error
+from vllm_shift.rounding import (
+    MOE_SHARE,
+    MOST_ALLOWED,
+    PART_SHARE,
+    QUANTIZED_SHARE,
+    TOKENS_OF_A_PART,
+    allowed_error,
+    relative_error,
+)
 from vllm_shift.switch import ModeSwitch
 
 if TYPE_CHECKING:
@@ -404,12 +412,26 @@ class SelfCheck:
         differences.sort(key=lambda difference: difference.layer)
         if reference is not None and found is not None:
             differences.append(self._difference("hidden states", self._layers + layers_before, reference, found))
+            if self._share * self._switch.dims.sp >= 1 and len(found) == sum(lengths):
+                differences += self._of_parts(differences[-1].layer, reference, found)
         return differences
 
     def _difference(self, place: str, layer: int, expected: torch.Tensor, found: torch.Tensor) -> Difference:
         error = relative_error(expected, found, self._share)
         allowed = allowed_error(self._dtype, layer, self._quantizes, self._quantizes_cache)
         return Difference(place, layer, error, allowed)
+
+    def _of_parts(self, layer: int, expected: torch.Tensor, found: torch.Tensor) -> Iterator[Difference]:
+        """Of parts of a rank's tokens, where the vectors that may differ more are as many as a rank has.
+
+        Tokens of a rank are consecutive, in two pieces where the model runner has put prompts in another order.
+        """
+        rows = self._switch.dims.local_tokens(len(found)) // 4
+        if rows >= TOKENS_OF_A_PART:
+            for begin in range(0, len(found) - rows + 1, rows):
+                part = slice(begin, begin + rows)
+                error = relative_error(expected[part], found[part], PART_SHARE)
+                yield Difference("hidden states of a rank", layer, error, MOST_ALLOWED)
 
     def _explain(self, first: Difference, lengths: list[int]) -> str:
         located = self._locate(lengths)
