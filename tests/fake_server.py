@@ -3,9 +3,9 @@
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from aiohttp import web
 
@@ -27,14 +27,29 @@ class FakeServer:
         bodies: of the requests that came.
         pause: seconds between two tokens.
         metrics: whether the page has the metrics of Shift Parallelism.
+        damage: what becomes of the text of that page.
+        hanging: pages that never answer.
+        hung: how often one was asked for.
     """
 
-    HTTP_500, DROPPED, ERROR_EVENT, NO_USAGE, HANGS, SHORT, BROKEN = range(901, 908)
+    HTTP_500, DROPPED, ERROR_EVENT, NO_USAGE, HANGS, SHORT, BROKEN, BINARY, PLAIN = range(901, 910)
+    # What comes between the second token and the third.
+    ODD_EVENTS: ClassVar = {911: "[]", 912: "null", 913: "[" * 100_000, 914: "x" * 1_000_000}
+    # What the usage says of the answer.
+    ODD_COUNTS: ClassVar = {921: None, 922: "4", 923: float("nan"), 924: -1, 925: 10**18}
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
-        self.pause, self.metrics, self.port = 0.005, True, 0
+        self.port = 0
+        self.reset()
         self.counts = {"tp": 0, "sp": 0, "tp_tokens": 0, "sp_tokens": 0, "changes": 0}
+
+    def reset(self) -> None:
+        """Behave well."""
+        self.bodies.clear()
+        self.pause, self.metrics, self.hanging = 0.005, True, set[str]()
+        self.hung = 0
+        self.damage: Callable[[str], str] = str
 
     @property
     def url(self) -> str:
@@ -50,6 +65,10 @@ class FakeServer:
         if length == self.HTTP_500:
             error = {"error": {"message": f"request {len(self.bodies)} hit a wall", "code": 500}}
             return web.json_response(error, status=500)
+        if length == self.BINARY:
+            return web.Response(body=b"\xff\xfe", status=502, content_type="text/plain", charset="utf-8")
+        if length == self.PLAIN:
+            return web.json_response({"choices": [{"text": "x"}]})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
 
@@ -59,7 +78,7 @@ class FakeServer:
         count = body["min_tokens"] - (length == self.SHORT)
         for number in range(count):
             await asyncio.sleep(self.pause)
-            await event({"choices": [{"text": "x"}], "usage": None})
+            await event({"choices": [{"text": "x"}], "usage": None, "error": None})
             self.counts["tp"] += 1
             if number == 1 and length == self.DROPPED:
                 request.transport.close()
@@ -69,18 +88,28 @@ class FakeServer:
                 return response
             if number == 1 and length == self.BROKEN:
                 await event("{not json")
+            if number == 1 and length in self.ODD_EVENTS:
+                await event(self.ODD_EVENTS[length])
             if number == 1 and length == self.HANGS:
                 await asyncio.sleep(60)
         if length != self.NO_USAGE:
-            await event({"choices": [], "usage": {"prompt_tokens": length, "completion_tokens": count}})
+            said = self.ODD_COUNTS.get(length, count)
+            await event({"choices": [], "usage": {"prompt_tokens": length, "completion_tokens": said}})
         await event("[DONE]")
         return response
 
     async def page(self, request: web.Request) -> web.Response:
-        return web.Response(text=METRICS.format(**self.counts) if self.metrics else "other 1.0\n")
+        await self.hang("metrics")
+        return web.Response(text=self.damage(METRICS.format(**self.counts) if self.metrics else "other 1.0\n"))
 
     async def models(self, request: web.Request) -> web.Response:
+        await self.hang("models")
         return web.json_response({"data": [{"id": "fake"}]})
+
+    async def hang(self, page: str) -> None:
+        if page in self.hanging:
+            self.hung += 1
+            await asyncio.sleep(60)
 
 
 @contextmanager

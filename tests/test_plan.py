@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +133,13 @@ def test_the_threshold_is_the_last_step_where_tp_mode_wins():
     assert costs.crossover(M70, layout, 512, H100) is None
 
 
+@pytest.mark.parametrize("most", [8192 + 16, 65536, 262144, 10**9])
+def test_the_threshold_does_not_depend_on_the_largest_step(most):
+    cluster = Cluster(costs.GPUS["l40s"])
+    for layout in (Layout(2, 4), Layout(8, 1)):
+        assert costs.crossover(M8, layout, most, cluster) == costs.crossover(M8, layout, 8192, cluster) > 0
+
+
 # The same rules as the plugin, which imports vLLM
 
 
@@ -193,6 +202,23 @@ def test_stock_vllm_is_recommended_where_little_is_saved():
     assert "SP mode is not even faster" in slower.reason
 
 
+def test_a_layout_that_is_worth_it_is_not_hidden_by_a_smaller_one():
+    a100 = Cluster(costs.GPUS["a100"])
+    plan = make_plan(Question(SHAPES["32b"], 8, a100, most=768))
+    gains = {str(option.layout): option.saving for option in plan.options}
+    assert gains["SP=2 x TP=4"] < 0.1 < gains["SP=4 x TP=2"]
+    assert plan.choice.layout == Layout(4, 2)
+
+
+def test_the_times_are_those_of_which_the_gain_is_a_share():
+    small = ModelShape("small", 2048, 8192, 1, 16, 8, 128, 32000)
+    plan = make_plan(Question(small, 8, H100, most=2048))
+    sp, tp = (float(number) for number in re.findall(r"([\d.]+) ms in", plan.reason))
+    # Both are less than the host takes.
+    assert max(sp, tp) < 0.5 < plan.choice.prefill_ms[2048]
+    assert 1 - sp / tp == pytest.approx(plan.choice.saving, abs=0.03)
+
+
 def test_stock_vllm_is_recommended_where_sp_leaves_no_kv_cache():
     plan = make_plan(Question(M70, 2, H100))
     assert plan.choice.layout == Layout(1, 2)
@@ -229,6 +255,7 @@ CONFIG = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "intermedi
 def test_a_config_is_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
+    path.write_text(json.dumps(CONFIG | {"sliding_window": 4096, "use_sliding_window": False}))
     for given in (tmp_path, path):
         found = read_model(str(given))
         assert found == ModelShape(tmp_path.name, *list(SHAPES["32b"].__dict__.values())[1:])
@@ -238,8 +265,11 @@ BAD_CONFIGS = {
     "does not describe architectures ..MixtralForCausalLM": {"architectures": ["MixtralForCausalLM"]},
     "does not describe architectures Llama": {"architectures": "LlamaForCausalLM"},
     "does not describe quantization": {"quantization_config": {"quant_method": "fp8"}},
-    "hidden_size must be a whole number of at least 1, got None": {"hidden_size": None},
-    "num_attention_heads must be a whole number of at least 1, got 0": {"num_attention_heads": 0},
+    "hidden_size must be a whole number from 1 to 1,000,000, got None": {"hidden_size": None},
+    "num_attention_heads must be a whole number from 1 to 1,000,000, got 0": {"num_attention_heads": 0},
+    "hidden_size must be .* got 1000": {"hidden_size": 10**400},
+    "does not describe sliding windows": {"sliding_window": 4096},
+    "does not describe sliding windows, but": {"layer_types": ["full_attention", "sliding_attention"]},
     "dtype 'int8' is not one of": {"dtype": "int8"},
     "dtype \\['int8'\\] is not one of": {"dtype": ["int8"]},
 }
@@ -253,6 +283,9 @@ def test_a_bad_config_is_refused(tmp_path, message):
 
 
 def test_no_config_is_refused(tmp_path):
+    (tmp_path / "deep").write_text("[" * 100_000)
+    with pytest.raises(CommandError, match="is not JSON: maximum recursion"):
+        read_model(str(tmp_path / "deep"))
     with pytest.raises(CommandError, match=r"cannot read .*config\.json.*or one of 8b, 32b, 70b"):
         read_model(str(tmp_path))
 
@@ -270,6 +303,13 @@ def test_numbers_of_gpus_that_do_not_divide_the_model(capsys, gpus, hint):
     assert "[2, 4, 8, 16, 32, 64]" in error
 
 
+def test_a_model_that_nothing_divides(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": 7, "num_key_value_heads": 7}))
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", str(tmp_path), "--gpus", "2", "--gpu", "h100"])
+    assert "numbers that work: none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("gpus", [2, 8, 64])
 @pytest.mark.parametrize("gpu", costs.GPUS)
 def test_the_text_fits_120_columns_and_says_what_it_is(capsys, gpus, gpu):
@@ -277,6 +317,7 @@ def test_the_text_fits_120_columns_and_says_what_it_is(capsys, gpus, gpu):
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 120
     assert text.startswith("PREDICTION")
+    assert "Memory is that of steps of about 8,192 tokens" in text
     assert "Recommended: " in text
 
 
@@ -292,10 +333,14 @@ def test_json_has_inputs_options_and_flags(capsys):
     assert found["flags"].endswith(f"--enable-shift-parallel --shift-parallel-threshold {threshold}")
 
 
-def test_it_starts_without_vllm_and_torch():
+def test_it_starts_without_vllm_and_torch_and_on_a_terminal_that_knows_ascii_only(tmp_path):
+    folder = tmp_path / "\u6f22"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     code = (
         "import sys\nfor name in ('vllm', 'torch', 'transformers'): sys.modules[name] = None\n"
         "from vllm_shift_cli.main import main\nsys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "plan", "--model", "8b", "--gpus", "2", "--gpu", "a100"]
-    assert "Recommended" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-c", code, "plan", "--model", folder, "--gpus", "2", "--gpu", "a100"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    assert "Recommended" in subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout

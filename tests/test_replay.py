@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_server import FakeServer, running_server
+from matplotlib.legend import Legend
 from PIL import Image
 
 from vllm_shift_cli.errors import CommandError
 from vllm_shift_cli.main import main
+from vllm_shift_cli.replay import client, plot
 from vllm_shift_cli.replay import report as reports
 from vllm_shift_cli.replay.generate import bursty, diurnal, generate, steady
 from vllm_shift_cli.replay.modes import parse
@@ -32,8 +35,7 @@ def running():
 
 @pytest.fixture
 def server(running):
-    running.bodies.clear()
-    running.pause, running.metrics = 0.005, True
+    running.reset()
     return running
 
 
@@ -72,7 +74,8 @@ def test_the_mooncake_format(tmp_path):
 GOOD = '{"arrival_s": 0, "prompt_tokens": 3, "output_tokens": 4}\n'
 BAD = {
     '{"arrival_s": 0, "prompt_tokens": 3}': "output_tokens is missing",
-    '{"arrival_s": -1, "prompt_tokens": 3, "output_tokens": 4}': "arrival_s must be a number of at least 0, got -1",
+    '{"arrival_s": -1, "prompt_tokens": 3, "output_tokens": 4}': "arrival_s must be a number from 0 to 1e+15, got -1",
+    f'{{"arrival_s": {10**400}, "prompt_tokens": 3, "output_tokens": 4}}': "got 1000",
     '{"arrival_s": NaN, "prompt_tokens": 3, "output_tokens": 4}': "got nan",
     '{"arrival_s": "0", "prompt_tokens": 3, "output_tokens": 4}': "got '0'",
     '{"arrival_s": 0, "prompt_tokens": 0, "output_tokens": 4}': "prompt_tokens must be a whole number from 1 to",
@@ -93,6 +96,12 @@ def test_bad_lines_are_all_named_by_number(tmp_path):
     for number, (line, problem) in enumerate(zip(lines[1:], BAD.values(), strict=True), 2):
         assert line.startswith(f"  line {number}: ")
         assert problem.replace("\\", "") in line
+
+
+def test_a_line_ends_where_json_says_so(tmp_path):
+    path = tmp_path / "trace"
+    path.write_text(GOOD.replace("{", '{"note": "\u2028", ') + GOOD, encoding="utf-8")
+    assert len(read_trace(path)[1]) == 2
 
 
 def test_other_formats_name_their_bad_lines(tmp_path):
@@ -277,6 +286,52 @@ def test_a_report_says_what_to_doubt(report):
         assert expected in text
 
 
+def test_a_restarted_server_counts_from_0_again(report):
+    report["mode_samples"] = [sample(0.1, 5, 1), sample(5.0, 25, 4), sample(9.9, 3, 2), sample(12.0, 10, 2)]
+    report["summary"] = reports.summarize(report)
+    assert report["summary"]["modes"] == {
+        "tp_steps": 27, "sp_steps": 3, "tp_tokens": 27, "sp_tokens": 300, "mode_changes": 6
+    }  # fmt: skip
+    assert "it has restarted" in "\n".join(reports.warnings(report))
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(report, tmp_path, monkeypatch):
+    path = tmp_path / "old.json"
+    path.write_text("old")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        reports.save(report, path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("old.json", "old")]
+
+
+def test_names_are_shown_as_they_are(report, tmp_path, capsys, monkeypatch):
+    name = "_x$\\frac$[bold].1"
+    report["settings"]["trace"] = report["settings"]["model"] = "$x^$ \udcff"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        reports.save(report, tmp_path / folder / f"{name}.json")
+    reports.save(report, tmp_path / f"{name[:-1]}2.json")
+    labels = set()
+    monkeypatch.setattr(plot, "_save", lambda figure, path, save=plot._save: (
+        labels.update(text.get_text() for legend in figure.findobj(Legend) for text in legend.get_texts()),
+        save(figure, path),
+    ))  # fmt: skip
+    out = ["--output", str(tmp_path / "out")]
+    assert main(["compare", str(tmp_path / "a" / f"{name}.json"), *out]) == 0
+    paths = [tmp_path / "a" / f"{name}.json", tmp_path / f"{name[:-1]}2.json"]
+    assert main(["compare", *map(str, paths), *out]) == 0
+    assert {f" {name}", f" {name[:-1]}2"} <= labels
+    assert f"{name[:-1]}2" in capsys.readouterr().out
+    assert main(["compare", *(str(tmp_path / folder / f"{name}.json") for folder in "ab"), *out]) == 0
+    with pytest.raises(SystemExit):
+        main(["compare", str(paths[0]), str(tmp_path / "b" / ".." / "a" / paths[0].name), *out])
+    assert "the same report is given twice" in capsys.readouterr().err
+
+
 def test_nothing_at_all_is_a_report_too(report, tmp_path):
     report["requests"], report["mode_samples"] = [], []
     report["summary"] = reports.summarize(report)
@@ -292,6 +347,7 @@ def test_modes_are_summed_over_engines():
     text = asyncio.run(page.page(None)).text
     found = parse(text + text.replace('engine="0"', 'engine="1"'), 7.0)
     assert (found.time, found.tp_steps, found.sp_tokens, found.mode_changes) == (7.0, 6, 800, 10)
+    assert found.threshold == 32  # which is no count
     assert parse("other 1.0\n", 0.0) is None
 
 
@@ -325,6 +381,10 @@ def test_every_failure_has_its_reason_and_disturbs_no_other_request(server):
         server.NO_USAGE: "ignores stream_options.include_usage",
         server.HANGS: "no complete answer within 1 s",
         server.BROKEN: "JSONDecodeError",
+        server.BINARY: "HTTP 502: \ufffd",
+        server.PLAIN: "the answer is no event stream, but application/json",
+        **dict.fromkeys(server.ODD_EVENTS, "is no completion|RecursionError|LineTooLong"),
+        **dict.fromkeys(server.ODD_COUNTS, "the usage has no valid numbers of tokens"),
     }
     requests = [TraceRequest(0.0, length, 4) for length in (*kinds, 5, 6)]
     found = run(server, requests, timeout=1.0)
@@ -360,6 +420,68 @@ def test_a_server_without_our_metrics_is_named(server):
     found = run(server, [TraceRequest(0, 1, 1)])
     (problem,) = found.sample_problems
     assert "runs without Shift Parallelism" in problem
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [('vllm:shift_steps_total{engine="0",mode="sp"', "x{", "lacks vllm:shift_ steps_total sp"),
+     (" 32.0", " +Inf", "OverflowError"), (" 32.0", " NaN", "ValueError"), ("{", "", "ValueError")],
+)  # fmt: skip
+def test_a_bad_page_in_the_middle_is_counted_and_the_next_is_read(server, old, new, reason):
+    def change(state):
+        server.damage = (lambda text: text.replace(old, new)) if state.ended == 1 else str
+
+    found = asyncio.run(
+        replay([TraceRequest(at, 5, 2) for at in (0, 0.2, 0.4)], Options(server.url, interval=0.05), change)
+    )
+    assert reason in " ".join(found.sample_problems)
+    assert found.samples[-2].time > found.outcomes[1].sent
+    assert not found.failed
+
+
+def stopped(server, requests, when):
+    """A replay that is cancelled as soon as ``when`` says so, looked at after each change and in between."""
+
+    async def run():
+        state = Replay()
+
+        def change(now):
+            state.__dict__ |= now.__dict__
+            if when(state):
+                task.cancel()
+
+        task = asyncio.create_task(replay(requests, Options(server.url), change))
+        await asyncio.wait([task], timeout=0.3)
+        task.cancel()
+        return await task
+
+    return asyncio.run(run())
+
+
+def test_a_request_that_is_stopped_before_it_starts_is_reported(server):
+    requests = [TraceRequest(0, 5, 2), TraceRequest(0.05, 5, 2)]
+    found = stopped(server, requests, lambda state: len(state.outcomes) == 2)
+    report = reports.make_report(found, 2, {})
+    assert report["requests"][1]["error"].startswith("interrupted")
+    assert report["requests"][1]["ended"] is not None
+    assert (found.ended, len(server.bodies)) == (2, 1)
+
+
+def test_a_stop_during_the_last_look_at_the_mode_loses_nothing(server):
+    def when(state):
+        if state.ended:
+            server.hanging = {"metrics"}
+
+    found = stopped(server, [TraceRequest(0, 5, 2)], when)
+    assert found.interrupted
+    assert [o.error for o in found.outcomes] == [None]
+
+
+def test_a_server_that_does_not_say_its_model(server, monkeypatch):
+    server.hanging = {"models"}
+    monkeypatch.setattr(client, "_MODELS_TIMEOUT", 0.1)
+    with pytest.raises(CommandError, match=r"cannot ask .*/v1/models for the model \(TimeoutError"):
+        run(server, [TraceRequest(0, 1, 1)])
 
 
 # The command line
@@ -409,6 +531,9 @@ def test_bad_input_is_refused_before_anything_is_sent(server, tmp_path, capsys):
         ([bad], "line 2: arrival_s is missing"),
         ([good, "--output", tmp_path / "no" / "where"], "cannot write in the folder"),
         ([good, "--output", tmp_path / "taken"], "taken.json"),
+        ([good, "--output", ""], "this is a folder; for files in it, try replay"),
+        ([good, "--output", ".."], "try ../replay"),
+        ([good, "--output", tmp_path], f"try {tmp_path}/replay"),
         ([good, "--speed", "0"], "must be a number above 0, got '0'"),
         ([good, "--speed", "fast"], "must be a number above 0, got 'fast'"),
         ([good, "--max-requests", "0"], "must be a whole number from 1 to 1,000,000,000, got '0'"),
@@ -425,6 +550,7 @@ def test_bad_input_is_refused_before_anything_is_sent(server, tmp_path, capsys):
         ("steady x --rate 5 --duration 9 --prompt-tokens 9-3", "must go from low to high"),
         ("steady x --rate 5 --duration 9 --prompt-tokens 5-", "must be a whole number from 1"),
         ("steady x --rate 1e12 --duration 9 --output-tokens 5", "9e+12 requests"),
+        ("steady x --rate 1 --duration 9 --prompt-tokens 10000001", "from 1 to 10,000,000"),
     ):
         with pytest.raises(SystemExit) as error:
             main(["trace", *words.split()])
@@ -444,30 +570,75 @@ def test_a_report_without_a_part_is_refused(tmp_path, part):
         reports.load(tmp_path / "part.json")
 
 
-def test_ctrl_c_writes_what_has_finished(server, tmp_path):
-    trace = tmp_path / "long.jsonl"
-    write_trace(trace, [TraceRequest(0, 5, 2), TraceRequest(0, server.HANGS, 5), TraceRequest(1000, 5, 2)])
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("requests", None), ("requests", [{"due": 0.0}]), ("seconds", "x"), ("mode_samples", [{"time": "x"}]),
+     ("settings", {}), ("mode_problems", [])],
+)  # fmt: skip
+def test_a_damaged_report_is_named(report, tmp_path, part, value):
+    reports.save(report | {part: value}, tmp_path / "bad.json")
+    with pytest.raises(CommandError, match=r"bad.json is a damaged report"):
+        reports.load(tmp_path / "bad.json")
+
+
+def test_what_cannot_be_written_or_drawn_is_said_after_the_table(server, tmp_path, capsys, monkeypatch):
+    trace = written(tmp_path, GOOD)
+    words = ["replay", str(trace), "--url", server.url, "--output", str(tmp_path / "r")]
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    for module, name, message in ((plot, "plot_report", "r.json is written, no picture: OSError"),
+                                  (reports, "save", "r.json: No space left")):  # fmt: skip
+        monkeypatch.setattr(module, name, fail)
+        with pytest.raises(SystemExit) as error:
+            main(words)
+        assert error.value.code == 2
+        out, err = capsys.readouterr()
+        assert "Complete answers" in out
+        assert message in err
+    assert reports.load(tmp_path / "r.json")["summary"]["completed"] == 1
+
+
+def interrupted(server, trace, folder, number, when):
+    """Standard output and error of a replay that gets a signal."""
     command = [Path(sys.executable).with_name("vllm-shift"), "replay", trace, "--url", server.url]
     process = subprocess.Popen(
-        [*command, "--output", tmp_path / "r"],
+        [*command, "--output", folder / "r"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
         # A shell that runs the tests in the background lets them ignore Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 60
-        while len(server.bodies) < 2 and time.monotonic() < deadline:
+        while not when() and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
+        time.sleep(0.5)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
+    return out.decode(), err.decode()
+
+
+def test_ctrl_c_before_anything_is_sent(server, tmp_path):
+    server.hanging = {"models"}
+    _, err = interrupted(server, written(tmp_path, GOOD), tmp_path, signal.SIGINT, lambda: server.hung)
+    assert err.endswith("vllm-shift: interrupted\n")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_writes_what_has_finished(server, tmp_path, number):
+    trace = tmp_path / "long.jsonl"
+    write_trace(trace, [TraceRequest(0, 5, 2), TraceRequest(0, server.HANGS, 5), TraceRequest(1000, 5, 2)])
+    out, _ = interrupted(server, trace, tmp_path, number, lambda: len(server.bodies) == 2)
     summary = reports.load(tmp_path / "r.json")["summary"]
     assert (summary["completed"], summary["failed"], summary["never_sent"]) == (1, 1, 1)
-    assert "Interrupted: 1 of 3 requests were never sent" in out.decode()
+    assert "Interrupted: 1 of 3 requests were never sent" in out
     assert (tmp_path / "r.html").exists()
 
 

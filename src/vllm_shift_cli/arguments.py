@@ -7,6 +7,9 @@ from typing import TypeVar
 
 # More tokens, requests or GPUs than anybody has.
 MOST = 10**9
+# Tokens of one prompt or answer, more than any model takes, and requests of one made-up trace: some GB of memory.
+MOST_TOKENS = 10**7
+MOST_REQUESTS = 10**7
 
 Number = TypeVar("Number", int, float)
 
@@ -21,9 +24,9 @@ def share(text: str) -> float:
     return _checked(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    return _checked(text, int, lambda value: 1 <= value <= MOST, f"a whole number from 1 to {MOST:,}")
+def count(text: str, most: int = MOST) -> int:
+    """A whole number from 1 to ``most``."""
+    return _checked(text, int, lambda value: 1 <= value <= most, f"a whole number from 1 to {most:,}")
 
 
 def seed(text: str) -> int:
@@ -32,9 +35,9 @@ def seed(text: str) -> int:
 
 
 def counts(text: str) -> tuple[int, int]:
-    """``N`` or ``N-M``: the least and the largest."""
+    """``N`` or ``N-M`` tokens of a request: the least and the largest."""
     low, dash, high = text.partition("-")
-    least, most = count(low), count(high if dash else low)
+    least, most = count(low, MOST_TOKENS), count(high if dash else low, MOST_TOKENS)
     if least > most:
         raise argparse.ArgumentTypeError(f"must go from low to high, got {text!r}")
     return least, most

@@ -433,7 +433,7 @@ def saving(model: ModelShape, layout: Layout, tokens: int, cluster: Cluster, ach
 def crossover(
     model: ModelShape, layout: Layout, most: int, cluster: Cluster, achieved: Achieved = ACHIEVED
 ) -> int | None:
-    """The threshold: the largest step, on a grid of 16 tokens or of most / 512, that is still as fast in TP mode.
+    """The threshold: the largest step, on a grid of 16 tokens, that is still as fast in TP mode.
 
     Attention is the same in both modes, so it does not depend on the kind of batch.
 
@@ -449,6 +449,11 @@ def crossover(
     """
     if saving(model, layout, most, cluster, achieved) <= 0:
         return None
-    grid = max(16, most // 512 // 16 * 16)
-    slower = [n for n in range(grid, most + 1, grid) if saving(model, layout, n, cluster, achieved) <= 0]
-    return max(slower, default=0)
+    # First on a coarse grid, then on finer ones from the last step found there to the next.
+    slower, grid = 0, most
+    while grid > 16:
+        end = min(slower + grid, most)
+        grid = max(16, grid // 512 // 16 * 16)
+        steps = range(slower + grid, end + 1, grid)
+        slower = max((n for n in steps if saving(model, layout, n, cluster, achieved) <= 0), default=slower)
+    return slower

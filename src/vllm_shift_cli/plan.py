@@ -39,6 +39,12 @@ _WORTH = 0.10
 # Layouts whose gains are this close to each other are equally fast.
 _EQUAL = 0.02
 
+# Tokens of the largest steps in the measurements of memory.
+_MEASURED_STEP = 8192
+
+# More than any model's.
+_MOST_SIZE = 10**6
+
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -102,7 +108,7 @@ class Option:
         weight_gib: weights of a GPU, GiB.
         kv_tokens: tokens of KV cache.
         threshold: tokens of the largest step that is better in TP mode; None where SP mode never is.
-        saving: share of TP's time that SP mode saves in the largest step.
+        saving: share of TP's time on the GPUs that SP mode saves in the largest step.
         prefill_ms: by tokens of a step with one prompt.
         decode_ms: by requests; None where their KV cache does not fit.
     """
@@ -176,15 +182,16 @@ def _choose(question: Question, options: list[Option]) -> tuple[Option | None, s
             f"Shift does not fit here: every SP x TP leaves fewer than {least:,} tokens of KV cache, {tp.layout} "
             f"leaves {tp.kv_tokens:,}; --kv-tokens sets what the server needs."
         )
-    best = max(option.saving for option in fitting)
+    worthy = [option for option in fitting if option.saving >= _WORTH] or fitting
+    best = max(option.saving for option in worthy)
     # Of equally fast layouts the one with the most KV cache.
-    choice = max((o for o in fitting if o.saving >= best - _EQUAL), key=lambda o: o.kv_tokens)
+    choice = max((o for o in worthy if o.saving >= best - _EQUAL), key=lambda o: o.kv_tokens)
     times = (
-        f"a step of {question.most:,} tokens takes {choice.prefill_ms[question.most]:.1f} ms in {choice.layout} and "
-        f"{tp.prefill_ms[question.most]:.1f} ms in {tp.layout}"
+        f"a step of {question.most:,} tokens takes the GPUs {_gpu_ms(question, choice.layout)} ms in {choice.layout} "
+        f"and {_gpu_ms(question, tp.layout)} ms in {tp.layout}"
     )
     lost = f"{100 * (1 - choice.kv_tokens / tp.kv_tokens):.0f} %"
-    less = f"{100 * choice.saving:.0f} % less"
+    less = f"{_percent(choice.saving)} % less"
     if choice.saving < _WORTH:
         too_little = f"{less}, which is below the {100 * _WORTH:.0f} % that this model can tell from nothing"
         why = "so SP mode is not even faster there" if choice.threshold is None else too_little
@@ -196,23 +203,35 @@ def _choose(question: Question, options: list[Option]) -> tuple[Option | None, s
     fastest = max((o for o in shifting if o.kv_tokens), key=lambda o: o.saving)
     if fastest.saving > best + _EQUAL:
         reason += (
-            f" {fastest.layout} would save {100 * fastest.saving:.0f} %, but leaves fewer than {least:,} tokens of KV "
+            f" {fastest.layout} would save {_percent(fastest.saving)} %, but leaves fewer than {least:,} tokens of KV "
             "cache."
         )
     return choice, reason
 
 
+def _gpu_ms(question: Question, layout: Layout) -> str:
+    """Time of the largest step on the GPUs alone, of which ``Option.saving`` is a share."""
+    batch = Batch(1, question.most)
+    milliseconds = 1e3 * costs.step_time(question.model, layout, batch, question.cluster, question.achieved).gpu
+    return f"{milliseconds:,.{1 if milliseconds >= 10 else 2}f}"
+
+
+def _percent(share: float) -> int:
+    """Rounded towards 0: what is not worth while must not read as if it were."""
+    return int(100 * share)
+
+
 def _check_world(model: ModelShape, world: int) -> None:
     works = [ranks for ranks in range(2, model.heads + 1) if costs.fits(model, ranks)]
     if world == 1:
-        raise CommandError(f"--gpus 1: one GPU has no layouts to choose from; numbers that work: {works}")
+        raise CommandError(f"--gpus 1: one GPU has no layouts to choose from; numbers that work: {works or 'none'}")
     if costs.fits(model, world):
         return
     hint = f"; or run several servers of {works[-1]} GPUs" if works and world > works[-1] else ""
     raise CommandError(
         f"--gpus {world}: SP x TP = {world} ranks do not divide this model (attention heads {model.heads}, "
         f"intermediate size {model.intermediate}, padded vocabulary {model.padded_vocabulary}, KV heads "
-        f"{model.kv_heads}); numbers that work: {works}{hint}"
+        f"{model.kv_heads}); numbers that work: {works or 'none'}{hint}"
     )
 
 
@@ -236,7 +255,7 @@ def read_model(model: str) -> ModelShape:
             f"--model {model}: cannot read {path} ({error.strerror}); give a folder with a config.json (nothing is "
             f"downloaded), or one of {', '.join(SHAPES)}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"--model {model}: {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CommandError(f"--model {model}: {path} is not the config of a model")
@@ -251,12 +270,15 @@ def _shape(config: dict[str, Any], path: Path) -> ModelShape:
         )
     if config.get("quantization_config"):
         raise CommandError(f"{path}: the cost model does not describe quantization; use an unquantized checkpoint")
+    windows = config.get("sliding_window") and config.get("use_sliding_window") is not False
+    if windows or "sliding" in str(config.get("layer_types")):
+        raise CommandError(f"{path}: the cost model does not describe sliding windows, but full attention only")
 
     def size(name: str, default: int | None = None) -> int:
         value = config.get(name)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise CommandError(f"{path}: {name} must be a whole number of at least 1, got {value!r}")
+        if type(value) is not int or not 1 <= value <= _MOST_SIZE:
+            raise CommandError(f"{path}: {name} must be a whole number from 1 to {_MOST_SIZE:,}, got {value!r:.60}")
         return value
 
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
@@ -323,6 +345,8 @@ def to_text(question: Question, plan: Plan) -> str:
         f"        {cluster.gpu.tflops:g} TFLOP/s dense bf16, {cluster.gpu.hbm_gb_s:g} GB/s memory, "
         f"{cluster.gpu.memory_gib:g} GiB of which vLLM takes {100 * question.achieved.memory_share:.0f} %",
         f"Server  steps of up to {question.most:,} tokens, KV cache for at least {needed}",
+        *[f"        Memory is that of steps of about {_MEASURED_STEP:,} tokens; larger ones leave less KV cache."]
+        * (question.most > _MEASURED_STEP),
         "",
         *_table(
             ["", "weights, GiB a GPU", "KV cache, tokens", "threshold", f"gain at {question.most:,} tokens"],
@@ -349,7 +373,7 @@ def to_text(question: Question, plan: Plan) -> str:
 
 def _threshold_cells(option: Option) -> list[str]:
     threshold = "never faster" if option.threshold is None else f"{option.threshold:,}"
-    return [threshold, f"{100 * option.saving:+.0f} %"]
+    return [threshold, f"{_percent(option.saving):+} %"]
 
 
 def _times(times: dict[str, dict[int, Any]]) -> list[str]:

@@ -7,9 +7,13 @@ from typing import Any
 
 import aiohttp
 
+from vllm_shift_cli.arguments import MOST_TOKENS
 from vllm_shift_cli.errors import CommandError
 
 INTERRUPTED = "interrupted before the answer was complete"
+
+# Seconds that a server has to say what model it has.
+_MODELS_TIMEOUT = 10.0
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Outcome:
         ended: when the answer was complete, or the request had failed.
         got_prompt_tokens: length of the prompt as the server counted it.
         got_output_tokens: length of the answer as the server counted it.
-        error: why there is no complete answer; None when there is one.
+        error: why there is no complete answer (yet); None when there is one.
     """
 
     due: float
@@ -38,7 +42,7 @@ class Outcome:
     ended: float | None = None
     got_prompt_tokens: int | None = None
     got_output_tokens: int | None = None
-    error: str | None = None
+    error: str | None = INTERRUPTED
 
 
 def session(timeout: float, api_key: str | None) -> aiohttp.ClientSession:
@@ -60,13 +64,13 @@ async def served_model(http: aiohttp.ClientSession, url: str) -> str:
     """The first model that a server has.
 
     Raises:
-        CommandError: the server does not answer, or has none.
+        CommandError: the server does not answer within 10 s, or has none.
     """
     try:
-        async with http.get(f"{url}/v1/models") as response:
+        async with http.get(f"{url}/v1/models", timeout=aiohttp.ClientTimeout(total=_MODELS_TIMEOUT)) as response:
             response.raise_for_status()
             return str((await response.json())["data"][0]["id"])
-    except (aiohttp.ClientError, TimeoutError, OSError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:
         raise CommandError(
             f"cannot ask {url}/v1/models for the model ({_describe(error)}); "
             "is the server up? If it has no such page, give --model"
@@ -89,7 +93,9 @@ def request_body(model: str, prompt: list[int], output_tokens: int) -> bytes:
 
 
 async def send(http: aiohttp.ClientSession, url: str, body: bytes, outcome: Outcome, began: float) -> None:
-    """Send one request and write what happens into ``outcome``, which gets an error unless the answer is complete.
+    """Send one request and write what happens into ``outcome``, whose error is None only after a complete answer.
+
+    Whatever is wrong with an answer becomes that error; only a cancellation is raised.
 
     Args:
         http: the session.
@@ -98,23 +104,22 @@ async def send(http: aiohttp.ClientSession, url: str, body: bytes, outcome: Outc
         outcome: with its fields of the trace set.
         began: ``perf_counter()`` at the begin of the replay.
     """
-    outcome.error = INTERRUPTED
     try:
         headers = {"Content-Type": "application/json"}
         async with http.post(f"{url}/v1/completions", data=body, headers=headers) as response:
             if response.status != 200:
-                outcome.error = f"HTTP {response.status}: {_message(await response.text())}"
+                outcome.error = f"HTTP {response.status}: {_message(await response.text(errors='replace'))}"
                 return
             outcome.error = await _read_stream(response, outcome, began)
     except TimeoutError:
         outcome.error = f"no complete answer within {http.timeout.total:g} s"
-    except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:
         outcome.error = _describe(error)
 
 
 async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, began: float) -> str | None:
     """Read server-sent events; returns what is wrong with the answer."""
-    usage = None
+    usage: dict[str, Any] | None = None
     async for line in response.content:
         if not line.startswith(b"data:"):
             continue
@@ -122,17 +127,23 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, began
         if data == b"[DONE]":
             if usage is None:
                 return "the stream has no usage: the server ignores stream_options.include_usage"
-            outcome.got_prompt_tokens = usage["prompt_tokens"]
-            outcome.got_output_tokens = usage["completion_tokens"]
+            counts = [usage.get(f"{kind}_tokens") for kind in ("prompt", "completion")]
+            if any(type(count) is not int or not 0 <= count <= MOST_TOKENS for count in counts):
+                return f"the usage has no valid numbers of tokens: {usage}"[:300]
+            outcome.got_prompt_tokens, outcome.got_output_tokens = counts
             return None if outcome.first is not None else "the answer has no tokens"
-        event: dict[str, Any] = json.loads(data)
-        if "error" in event:
+        event = json.loads(data)
+        if not isinstance(event, dict) or not isinstance(event.get("usage") or {}, dict):
+            return f"the stream has an event that is no completion: {data.decode()}"[:300]
+        if event.get("error") is not None:
             return f"error in the stream: {_message(data.decode())}"
         if event.get("choices"):
             outcome.last = perf_counter() - began
             if outcome.first is None:
                 outcome.first = outcome.last
         usage = event.get("usage") or usage
+    if response.content_type != "text/event-stream":
+        return f"the answer is no event stream, but {response.content_type}"
     return "the stream broke off"
 
 
@@ -142,10 +153,14 @@ def _message(text: str) -> str:
         found = json.loads(text)
         found = found.get("error", found)
         text = str(found.get("message", found) if isinstance(found, dict) else found)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
-    return " ".join(text.split())[:300]
+    return _one_line(text)
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    return _one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_shift_cli.arguments import MOST, count, counts, http_url, positive, seed
+from vllm_shift_cli.arguments import MOST_REQUESTS, count, counts, http_url, positive, seed
 from vllm_shift_cli.errors import CommandError
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ def _add_replay(subparsers: Any) -> None:
         "replay",
         help="send the requests of a trace to a server, and report",
         description="Send the requests of a trace to an OpenAI-compatible server, each when it is due, and write a "
-        "report: PREFIX.json, PREFIX.png and PREFIX.html. Ctrl-C ends it early and writes what there is.",
+        "report: PREFIX.json, PREFIX.png and PREFIX.html. Ctrl-C or SIGTERM ends it early and writes what there is.",
         epilog="Prompts are token ids and answers have the exact length of the trace (ignore_eos, min_tokens), as vLLM "
         "takes them. Another server refuses such requests, which the report lists as failed, or answers in other "
-        "lengths, which the report counts. Exit status: 0 all answered, 1 some not, 2 bad input, 130 interrupted.",
+        "lengths, which the report counts. Exit status: 0 all answered, 1 some not, 2 bad input or a file that "
+        "cannot be written, 130 interrupted.",
     )
     parser.add_argument("trace", type=Path, help="JSON lines, Azure LLM inference CSV or Mooncake JSON lines")
     parser.add_argument("--url", type=http_url, default="http://localhost:8000",
@@ -90,7 +91,7 @@ def _add_trace(subparsers: Any) -> None:
 def _replay(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from vllm_shift_cli.replay.report import make_report, save, warnings
+    from vllm_shift_cli.replay.report import warnings
     from vllm_shift_cli.replay.run import Options
     from vllm_shift_cli.replay.trace import read_trace, schedule
 
@@ -100,34 +101,46 @@ def _replay(args: argparse.Namespace) -> int:
     url = args.url.rstrip("/").removesuffix("/v1")
     options = Options(url, args.model, args.seed, args.timeout, os.getenv("OPENAI_API_KEY"), args.interval)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    replay = _replay_with_progress(plan, options)
     settings = {
         "trace": args.trace.name, "trace format": trace_format, "requests in the trace": len(requests),
         "url": url, "speed": args.speed, "max requests": args.max_requests, "seed": args.seed,
         "timeout [s]": args.timeout, "started": started,
     }  # fmt: skip
-    report = make_report(replay, len(plan), settings)
-    # First what cannot be had again.
-    save(report, _with_suffix(args.output, ".json"))
-    _write_pictures(f"Replay of {args.trace.name}", {args.output.name: report}, args.output)
+    report, problem = _run_and_save(plan, options, settings, _with_suffix(args.output, ".json"))
     console = Console(highlight=False)
     _show(console, {args.output.name: report})
     for line in warnings(report):
         console.print(line, style="yellow", markup=False)
     for row in report["summary"]["failures"]:
         console.print(f"  {row['count']} x {row['reason']}", style="red", markup=False)
+    if problem:
+        raise CommandError(f"cannot write {args.output}.json: {problem.strerror or problem}")
+    kept = f"{args.output}.json is written, "
+    _write_pictures(f"Replay of {args.trace.name}", {args.output.name: report}, args.output, kept)
     console.print(f"Written: {args.output}.json, .png, .html", markup=False)
     if report["interrupted"]:
         return 130
     return 1 if report["summary"]["failed"] else 0
 
 
-def _replay_with_progress(plan: "list[TraceRequest]", options: "Options") -> "Replay":
+def _run_and_save(
+    plan: "list[TraceRequest]", options: "Options", settings: dict[str, Any], path: Path
+) -> "tuple[Report, OSError | None]":
+    """Replay, and save the report.
+
+    Returns:
+        The report, and why it could not be saved.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM came before anything was sent.
+    """
     import asyncio
+    import signal
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from vllm_shift_cli.replay.report import make_report, save
     from vllm_shift_cli.replay.run import replay
 
     _raise_file_limit()
@@ -139,7 +152,25 @@ def _replay_with_progress(plan: "list[TraceRequest]", options: "Options") -> "Re
             description = f"{len(state.outcomes) - state.ended} in flight, {state.failed} failed"
             progress.update(task, completed=state.ended, description=description)
 
-        return asyncio.run(replay(plan, options, show))
+        async def run() -> "tuple[Report, OSError | None]":
+            loop, this = asyncio.get_running_loop(), asyncio.current_task()
+            assert this is not None
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # A shell lets what it starts in the background ignore Ctrl-C.
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    loop.add_signal_handler(number, this.cancel)
+            report = make_report(await replay(plan, options, show), len(plan), settings)
+            # First what cannot be had again; here, because these handlers interrupt only what awaits.
+            try:
+                save(report, path)
+            except OSError as error:
+                return report, error
+            return report, None
+
+        try:
+            return asyncio.run(run())
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -147,19 +178,19 @@ def _compare(args: argparse.Namespace) -> int:
 
     from vllm_shift_cli.replay.report import load, warnings
 
-    names = [path.with_suffix("").name for path in args.reports]
-    if len(set(names)) < len(names):
-        names = [str(path.with_suffix("")) for path in args.reports]
-    if len(set(names)) < len(names):
+    if len(set(map(os.path.realpath, args.reports))) < len(args.reports):
         raise CommandError("the same report is given twice")
+    names = [path.name.removesuffix(".json") for path in args.reports]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in args.reports]
     reports = {name: load(path) for name, path in zip(names, args.reports, strict=True)}
     _check_output(args.output, ".png", ".html")
-    _write_pictures("Comparison of replays", reports, args.output)
     console = Console(highlight=False)
     _show(console, reports)
     for name, report in reports.items():
         for line in warnings(report):
             console.print(f"{name}: {line}", style="yellow", markup=False)
+    _write_pictures("Comparison of replays", reports, args.output)
     console.print(f"Written: {args.output}.png, .html", markup=False)
     return 0
 
@@ -178,8 +209,8 @@ def _trace(args: argparse.Namespace) -> int:
         rate, most = bursty(args.rate, args.peak, args.period, args.burst), args.peak
     else:
         rate, most = diurnal(args.rate, args.peak, args.period), args.peak
-    if most * args.duration > MOST:
-        raise CommandError(f"this makes some {most * args.duration:.0e} requests, more than {MOST:,}; lower the rate")
+    if (expected := most * args.duration) > MOST_REQUESTS:
+        raise CommandError(f"this makes some {expected:.0e} requests, more than {MOST_REQUESTS:,}; lower the rate")
     requests = generate(rate, most, args.duration, args.prompt_tokens, args.output_tokens, args.seed)
     if not requests:
         raise CommandError("no request arrives in this time; raise --rate or --duration")
@@ -187,28 +218,37 @@ def _trace(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_pictures(title: str, reports: "dict[str, Report]", output: Path) -> None:
+def _write_pictures(title: str, reports: "dict[str, Report]", output: Path, kept: str = "") -> None:
+    """Write PREFIX.png and PREFIX.html.
+
+    Raises:
+        CommandError: they cannot be made; begins with ``kept``.
+    """
     from vllm_shift_cli.replay.page import write_page
     from vllm_shift_cli.replay.plot import plot_comparison, plot_report
 
     picture = _with_suffix(output, ".png")
-    if len(reports) == 1:
-        plot_report(next(iter(reports.values())), picture)
-    else:
-        plot_comparison(reports, picture)
-    write_page(title, reports, picture, _with_suffix(output, ".html"))
+    try:
+        if len(reports) == 1:
+            plot_report(next(iter(reports.values())), picture)
+        else:
+            plot_comparison(reports, picture)
+        write_page(title, reports, picture, _with_suffix(output, ".html"))
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise CommandError(f"{kept}no picture: {type(error).__name__}: {first_line}") from None
 
 
 def _show(console: Any, reports: "dict[str, Report]") -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
     from vllm_shift_cli.replay.page import rows
 
-    table = Table("", *reports)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    # Text takes names as they are, without markup.
+    table = Table("", *(Column(Text(name), justify="right") for name in reports))
     for name, cells in rows(reports):
-        table.add_row(name.replace("[", r"\["), *cells)
+        table.add_row(Text(name), *cells)
     console.print(table)
 
 
@@ -222,6 +262,8 @@ def _check_output(prefix: Path, *suffixes: str) -> None:
     Raises:
         CommandError: the files cannot be written there.
     """
+    if prefix.name in ("", "..") or prefix.is_dir():
+        raise CommandError(f"--output {prefix}: this is a folder; for files in it, try {prefix / 'replay'}")
     if not (prefix.parent.is_dir() and os.access(prefix.parent, os.W_OK)):
         raise CommandError(f"--output {prefix}: cannot write in the folder {prefix.parent}")
     for path in (_with_suffix(prefix, suffix) for suffix in suffixes):

@@ -10,14 +10,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 @dataclass(frozen=True)
 class ModeSample:
-    """Counts since the server's start, over all engines behind the page.
+    """Counts since the server's start, summed over all engines behind the page.
 
     Attributes:
         time: seconds since the replay began.
         tp_steps, sp_steps: steps by mode.
         tp_tokens, sp_tokens: tokens in them.
         mode_changes: steps that ran in another mode than the step before.
-        threshold: largest number of tokens of a step in TP mode.
+        threshold: largest number of tokens of a step in TP mode; of several engines the largest.
     """
 
     time: float
@@ -59,7 +59,8 @@ class ModeSampler:
             async with self._http.get(self._url, timeout=aiohttp.ClientTimeout(total=10)) as response:
                 response.raise_for_status()
                 sample = parse(await response.text(), perf_counter() - began)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except Exception as error:
+            # Whatever is wrong with one page, the replay goes on and so does the sampling.
             problem = f"{self._url}: {type(error).__name__} {error}"
         else:
             if sample is not None:
@@ -70,16 +71,24 @@ class ModeSampler:
 
 
 def parse(page: str, time: float) -> ModeSample | None:
-    """A sample from the text of the page; None when it lacks our metrics."""
+    """A sample from the text of the page; None when it lacks our metrics.
+
+    Raises:
+        ValueError: the page is damaged, or lacks some of our metrics.
+        OverflowError: a number is infinite.
+    """
     ours = [line for line in page.splitlines() if line.startswith("vllm:shift_") and "_bucket" not in line]
     found: dict[tuple[str, str | None], float] = {}
     for family in text_string_to_metric_families("\n".join(ours) + "\n"):
         for sample in family.samples:
-            key = sample.name.removeprefix("vllm:shift_"), sample.labels.get("mode")
-            found[key] = found.get(key, 0) + sample.value
+            key = name, _ = sample.name.removeprefix("vllm:shift_"), sample.labels.get("mode")
+            largest = max(found.get(key, sample.value), sample.value)
+            found[key] = largest if name == "threshold_tokens" else found.get(key, 0.0) + sample.value
     if ("steps_total", "tp") not in found:
         return None
     steps, tokens = "steps_total", "tokens_total"
     counts = ((steps, "tp"), (steps, "sp"), (tokens, "tp"), (tokens, "sp"))
-    others = (("mode_changes_total", None), ("threshold_tokens", None))
-    return ModeSample(time, *(int(found[key]) for key in (*counts, *others)))
+    keys = (*counts, ("mode_changes_total", None), ("threshold_tokens", None))
+    if missing := [" ".join(filter(None, key)) for key in keys if key not in found]:
+        raise ValueError(f"the page lacks vllm:shift_ {', '.join(missing)}")
+    return ModeSample(time, *(int(found[key]) for key in keys))

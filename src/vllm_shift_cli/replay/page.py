@@ -27,7 +27,7 @@ def write_page(title: str, reports: dict[str, Report], picture: Path, path: Path
         warnings={name: warnings(report) for name, report in reports.items()},
         picture=base64.b64encode(picture.read_bytes()).decode(),
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def rows(reports: dict[str, Report]) -> list[tuple[str, list[str]]]:

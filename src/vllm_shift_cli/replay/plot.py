@@ -31,6 +31,8 @@ _STYLE: Any = {
     "legend.frameon": False,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
+    # Names of traces and models are no formulas.
+    "text.parse_math": False,
 }
 
 
@@ -61,7 +63,9 @@ def plot_comparison(reports: dict[str, Report], path: Path) -> None:
             axes = figure.add_subplot(grid[0, column])
             for color, (label, report) in zip(_colors(reports), reports.items(), strict=True):
                 values = np.sort(latencies(report, name)) * 1000
-                axes.step(values, np.arange(1, len(values) + 1) / max(len(values), 1) * 100, color=color, label=label)
+                share = np.arange(1, len(values) + 1) / max(len(values), 1) * 100
+                # A legend leaves out labels that begin with "_".
+                axes.step(values, share, color=color, label=f" {_shown(label)}")
             axes.set_title(title)
             axes.set_xscale("log")
             _plain_ticks(axes.xaxis)
@@ -84,7 +88,7 @@ def plot_comparison(reports: dict[str, Report], path: Path) -> None:
         axes.set_ylim(bottom=0)
         for number, (label, report) in enumerate(reports.items()):
             axes = figure.add_subplot(grid[3 + number, :])
-            _mode(axes, report, "tokens", f"Tokens by mode: {label}")
+            _mode(axes, report, "tokens", f"Tokens by mode: {_shown(label)}")
             axes.set_xlim(0, longest)
         axes.set_xlabel("Time since the first request [s]")
         _save(figure, path)
@@ -92,8 +96,15 @@ def plot_comparison(reports: dict[str, Report], path: Path) -> None:
 
 def _title(report: Report) -> str:
     settings, summary = report["settings"], report["summary"]
-    title = f"{settings['trace']} on {settings['model']}: {summary['completed']} of {report['planned']} answered"
+    title = _shown(
+        f"{settings['trace']} on {settings['model']}: {summary['completed']} of {report['planned']} answered"
+    )
     return title + (" (interrupted)" if report["interrupted"] else "")
+
+
+def _shown(name: str) -> str:
+    """A name as matplotlib takes it: bytes that are no UTF-8 reach Python as surrogates, which have no glyph."""
+    return name.encode(errors="replace").decode()
 
 
 def _requests(axes: Axes, report: Report) -> None:
@@ -150,7 +161,8 @@ def _mode(axes: Axes, report: Report, what: str, title: str) -> None:
         return
     times = np.array([sample["time"] for sample in samples])
     counts = np.array([[sample[f"tp_{what}"], sample[f"sp_{what}"]] for sample in samples])
-    taken = np.diff(counts, axis=0)
+    # Where the server has restarted, counts fall.
+    taken = np.maximum(np.diff(counts, axis=0), 0)
     share = np.divide(taken * 100, taken.sum(1, keepdims=True), where=taken.sum(1, keepdims=True) > 0,
                       out=np.zeros(taken.shape))  # fmt: skip
     threshold = samples[-1]["threshold"]

@@ -1,15 +1,19 @@
 """The arithmetic of a report, and the JSON file that holds it."""
 
 import json
+import os
 import re
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_shift_cli.errors import CommandError
+from vllm_shift_cli.replay.client import Outcome
+from vllm_shift_cli.replay.modes import ModeSample
 from vllm_shift_cli.replay.run import Replay
 
 Report = dict[str, Any]
@@ -133,28 +137,63 @@ def in_flight(report: Report) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 
 def save(report: Report, path: Path) -> None:
-    """Write a report as JSON."""
-    path.write_text(json.dumps(report, allow_nan=False) + "\n")
+    """Write a report as JSON; an older one stays as it is until the new one is whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(report, allow_nan=False) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Report:
     """Read a report.
 
     Raises:
-        CommandError: the file cannot be read, or is no report of this version.
+        CommandError: the file cannot be read, or is no whole report of this version.
     """
     try:
         report = json.loads(path.read_text())
     except OSError as error:
         raise CommandError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"{path} is not JSON: {error}") from None
     found = report.get("format") if isinstance(report, dict) else None
     if found != FORMAT:
         raise CommandError(f"{path} is not a report of `vllm-shift replay`: its format is {found!r}, not {FORMAT!r}")
     if missing := sorted(set(_PARTS) - set(report)):
         raise CommandError(f"{path} is not a whole report: {', '.join(missing)} is missing")
+    try:
+        _check_types(report)
+        report["summary"] = summarize(report)
+    except Exception as error:
+        raise CommandError(f"{path} is a damaged report: {type(error).__name__}: {error}") from None
     return report  # type: ignore[no-any-return]
+
+
+def _check_types(report: Report) -> None:
+    """Look at every type that the rest relies on.
+
+    Raises:
+        TypeError, KeyError: a part is not as ``make_report`` makes it.
+    """
+    counts: dict[str, Any] = {f"count of {problem!r}": count for problem, count in report["mode_problems"].items()}
+    _check_row(report["settings"], {"trace": str, "model": str})
+    _check_row(report, {"interrupted": bool, "planned": int, "seconds": float})
+    _check_row(counts, dict.fromkeys(counts, int))
+    for name, kind in (("requests", Outcome), ("mode_samples", ModeSample)):
+        for row in report[name]:
+            _check_row(row, get_type_hints(kind))
+
+
+def _check_row(row: dict[str, Any], types: dict[str, Any]) -> None:
+    for name, kind in types.items():
+        if not isinstance(row[name], kind):
+            raise TypeError(f"{name} is {row[name]!r:.60}")
 
 
 def warnings(report: Report) -> list[str]:
@@ -177,6 +216,9 @@ def warnings(report: Report) -> list[str]:
             f"This client sent late: 99 % of the requests within {late['p99']:.2f} s of when they were due, the last "
             f"after {late['max']:.2f} s. The server had less load than the trace asks for."
         )
+    if any(later["tp_steps"] + later["sp_steps"] < earlier["tp_steps"] + earlier["sp_steps"]
+           for earlier, later in pairwise(report["mode_samples"])):  # fmt: skip
+        found.append("The server's count of steps fell: it has restarted, and steps around that are not counted.")
     found += [f"Mode samples: {count} x {problem}" for problem, count in report["mode_problems"].items()]
     return found
 
@@ -202,8 +244,8 @@ def _percentiles(values: NDArray[np.float64]) -> dict[str, float] | None:
 
 
 def _modes(samples: list[dict[str, Any]]) -> dict[str, int] | None:
-    """Steps and tokens by mode from the first sample to the last."""
+    """Steps and tokens by mode from the first sample to the last; a restarted server counts from 0 again."""
     if len(samples) < 2:
         return None
     names = ("tp_steps", "sp_steps", "tp_tokens", "sp_tokens", "mode_changes")
-    return {name: samples[-1][name] - samples[0][name] for name in names}
+    return {name: sum(max(0, later[name] - earlier[name]) for earlier, later in pairwise(samples)) for name in names}

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 from vllm_shift_cli.replay.client import Outcome, request_body, send, served_model, session
@@ -60,7 +62,10 @@ class Options:
 async def replay(
     requests: list[TraceRequest], options: Options, on_change: Callable[[Replay], None] = lambda replay: None
 ) -> Replay:
-    """Send the requests of a schedule and wait for all answers; a first Ctrl-C ends it early.
+    """Send the requests of a schedule and wait for all answers.
+
+    A cancellation ends it early, and what has come is returned; it is raised only as long as nothing has been sent.
+    A second one ends the last look at the server's mode, too.
 
     Args:
         requests: from ``trace.schedule``.
@@ -71,39 +76,47 @@ async def replay(
         CommandError: the server does not say what model it has.
     """
     result = Replay()
-    async with session(options.timeout, options.api_key) as http:
+    http = session(options.timeout, options.api_key)
+    try:
         result.model = options.model or await served_model(http, options.url)
         sampler = ModeSampler(http, options.url, options.interval)
         result.samples, result.sample_problems = sampler.samples, sampler.problems
         await sampler.sample(perf_counter())
         began = perf_counter()
         sampling = asyncio.create_task(sampler.run(began))
-        sending: set[asyncio.Task[None]] = set()
+        sending: list[asyncio.Task[None]] = []
 
-        async def one(body: bytes, outcome: Outcome) -> None:
-            try:
-                await send(http, options.url, body, outcome, began)
-            finally:
-                outcome.ended = perf_counter() - began
-                result.ended += 1
-                result.failed += outcome.error is not None
-                on_change(result)
+        def end(outcome: Outcome, _: asyncio.Task[None]) -> None:
+            outcome.ended = perf_counter() - began
+            result.ended += 1
+            result.failed += outcome.error is not None
+            on_change(result)
 
         try:
             for index, request in enumerate(requests):
                 body = request_body(result.model, prompt_ids(request, index, options.seed), request.output_tokens)
                 await asyncio.sleep(began + request.arrival - perf_counter())
                 sent = perf_counter() - began
-                result.outcomes.append(Outcome(request.arrival, request.prompt_tokens, request.output_tokens, sent))
-                sending.add(asyncio.create_task(one(body, result.outcomes[-1])))
+                outcome = Outcome(request.arrival, request.prompt_tokens, request.output_tokens, sent)
+                result.outcomes.append(outcome)
+                sending.append(asyncio.create_task(send(http, options.url, body, outcome, began)))
+                # Not in the task itself: one that is cancelled before it starts ends, too.
+                sending[-1].add_done_callback(partial(end, outcome))
                 on_change(result)
             await asyncio.gather(*sending)
         except asyncio.CancelledError:
             result.interrupted = True
-        finally:
-            for task in (*sending, sampling):
-                task.cancel()
+        for task in (*sending, sampling):
+            task.cancel()
+        # From here on a cancellation only ends the waiting: what has come must not be lost.
+        with suppress(asyncio.CancelledError):
             await asyncio.gather(*sending, sampling, return_exceptions=True)
         result.seconds = perf_counter() - began
-        await sampler.sample(began)
+        try:
+            await sampler.sample(began)
+        except asyncio.CancelledError:
+            result.interrupted = True
+    finally:
+        with suppress(asyncio.CancelledError):
+            await http.close()
     return result

@@ -7,16 +7,18 @@
 
 import csv
 import json
-import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_shift_cli.arguments import MOST
+from vllm_shift_cli.arguments import MOST_TOKENS
 from vllm_shift_cli.errors import CommandError
 
 _AZURE_COLUMNS = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
+
+# Later than any request, in seconds and in milliseconds.
+_LATEST = 10**15
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def read_trace(path: Path) -> tuple[str, list[TraceRequest]]:
         TraceError: names every line that cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig", errors="backslashreplace").splitlines()
+        # Not splitlines(), for which some characters that JSON may have in a string end a line.
+        lines = path.read_text(encoding="utf-8-sig", errors="backslashreplace").split("\n")
     except OSError as error:
         raise CommandError(f"cannot read the trace {path}: {error.strerror}") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -164,15 +167,15 @@ def _json_object(line: str) -> dict[str, Any]:
 
 def _count(row: dict[str, Any], name: str) -> int:
     value = _value(row, name)
-    if type(value) is not int or not 1 <= value <= MOST:
-        raise ValueError(f"{name} must be a whole number from 1 to {MOST:,}, got {value!r}")
+    if type(value) is not int or not 1 <= value <= MOST_TOKENS:
+        raise ValueError(f"{name} must be a whole number from 1 to {MOST_TOKENS:,}, got {value!r:.60}")
     return value
 
 
 def _time(row: dict[str, Any], name: str) -> float:
     value = _value(row, name)
-    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+    if type(value) not in (int, float) or not 0 <= value <= _LATEST:
+        raise ValueError(f"{name} must be a number from 0 to {_LATEST:.0e}, got {value!r:.60}")
     return float(value)
 
 
