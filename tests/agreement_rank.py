@@ -18,7 +18,7 @@ DIVERGENCES = {
     "no step": (256, []),
 }
 
-SETTINGS = {"the same settings": 256, "other settings": "auto"}
+SETTINGS = {"the same settings": 256, "other settings": "auto", "another version": None}
 
 
 def main() -> None:
@@ -35,6 +35,8 @@ def main() -> None:
             raised[what] = str(error)
     for what, threshold in SETTINGS.items():
         settings = {"shift_parallel_threshold": threshold if rank == world - 1 else 256, "enforce_eager": False}
+        if threshold is None:
+            settings = {"enforce_eager": False} | ({"of a newer version": 1} if rank == world - 1 else {})
         try:
             check_settings(distributed.group.WORLD, settings)
         except ValueError as error:

@@ -52,6 +52,8 @@ def test_ranks_with_other_settings_are_named_by_every_rank(raised):
     assert not any("the same settings" in rank for rank in raised)
     (message,) = {rank["other settings"] for rank in raised}
     assert "shift_parallel_threshold is not the same on all ranks: rank 0: 256; rank 1: 256; rank 2: 'auto'" in message
+    (message,) = {rank["another version"] for rank in raised}
+    assert "of a newer version is not the same on all ranks: rank 0: None; rank 1: None; rank 2: 1" in message
 
 
 def test_it_is_off_unless_asked_for(monkeypatch):

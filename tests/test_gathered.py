@@ -11,6 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.minimax_rms_norm import MiniMaxText01RMSNormTP
 
 from vllm_shift.gathered import Gather, gathered_modules
 
@@ -258,21 +259,40 @@ class NormOverAllHeads(Plain):
         return self.norm(tensor_model_parallel_all_gather(x))
 
 
+def loaded_in_its_own_way(*shape: int) -> nn.Module:
+    norm = nn.LayerNorm(shape)
+    norm.weight.weight_loader = lambda param, loaded_weight: None
+    return norm
+
+
 class NormOfEachHead(Plain):
-    """Its norm has a shard of weights, which the model loads in its own way, as Command R+ and MiniMax M2."""
+    """Weights [heads, head size], of which a rank loads a shard, as Command R+."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm.weight.weight_loader = lambda param, loaded_weight: None
+        self.norm = loaded_in_its_own_way(3, 2)
 
 
-class NotOfHeads(nn.Module):
-    """A decoder layer: such a norm, but over hidden states."""
+class NormLikeMiniMax(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = MiniMaxText01RMSNormTP.__new__(MiniMaxText01RMSNormTP)
+        nn.Module.__init__(self.norm)
+
+
+class NotOfHeads(Plain):
+    """A norm with the same weights for all heads; one over hidden states, of a decoder layer; experts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.self_attn, self.norm = Plain(), nn.LayerNorm(2)
-        self.norm.weight.weight_loader = lambda param, loaded_weight: None
+        self.norm, self.mlp = loaded_in_its_own_way(2), Experts()
+        self.mlp.weights = loaded_in_its_own_way(3, 2)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.norm = Plain(), loaded_in_its_own_way(3, 2)
 
 
 class ExpertsOnTheirOwn(NormOverAllHeads):
@@ -286,7 +306,7 @@ class Whole(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers = [Plain(), NormOverAllHeads(), ExpertsOnTheirOwn(), NormOfEachHead(), NotOfHeads()]
+        layers = [Plain(), NormOverAllHeads(), ExpertsOnTheirOwn(), NormOfEachHead(), NormLikeMiniMax(), DecoderLayer()]
         self.layers = nn.ModuleList(layers)
         self.layers[0].o_proj = StockRow()  # its own code gathers, too, and has a way to run in SP mode
 
@@ -295,4 +315,5 @@ class Whole(nn.Module):
 
 
 def test_modules_that_mix_heads_are_found():
-    assert [name for name, _ in gathered_modules(Whole())] == ["layers.1", "layers.3"]
+    assert [name for name, _ in gathered_modules(Whole())] == ["layers.1", "layers.3", "layers.4"]
+    assert [name for name, _ in gathered_modules(NotOfHeads())] == ["mlp"]

@@ -211,7 +211,7 @@ def test_the_compile_cache_tells_engines_apart(llama, tmp_path, monkeypatch):
     assert found[0][0] == str(tmp_path)
     assert all(folder.startswith(str(tmp_path)) for folder, _ in found)
     # The layout of weights may be another one after an upgrade.
-    monkeypatch.setattr(translate, "_code_hash", lambda: "other")
+    monkeypatch.setattr(translate, "code_hash", lambda: "other")
     found.append(cache(**SHIFT))
     assert len({folder for folder, _ in found}) == len({config_hash for _, config_hash in found}) == 4
 

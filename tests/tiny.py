@@ -53,8 +53,9 @@ MORE_CONFIGS = {
     "glm4": (transformers.Glm4Config, {"partial_rotary_factor": 0.5, "tie_word_embeddings": False, "pad_token_id": 0}),
     "olmo2": (transformers.Olmo2Config, {"pad_token_id": 0, "num_key_value_heads": 4}),
     "olmo3": (transformers.Olmo3Config, {"pad_token_id": 0, "num_key_value_heads": 4, **LAYER_TYPES}),
+    "cohere": (transformers.CohereConfig, {"logit_scale": 1.0, "pad_token_id": 0}),
     # A norm with weights for each head, as of Command R+.
-    "cohere": (
+    "cohere-plus": (
         transformers.CohereConfig,
         {"use_qk_norm": True, "num_key_value_heads": 4, "logit_scale": 1.0, "pad_token_id": 0},
     ),

@@ -43,9 +43,10 @@ def check_settings(group: ProcessGroup, settings: Mapping[str, Any]) -> None:
     """
     views: list[Any] = [None] * group.size()
     torch.distributed.all_gather_object(views, dict(settings), group=group)
-    for name in settings:
-        if any(view[name] != settings[name] for view in views):
-            shown = "; ".join(f"rank {rank}: {view[name]!r}" for rank, view in enumerate(views))
+    for name in {name: None for view in views for name in view}:
+        values = [view.get(name) for view in views]
+        if any(value != values[0] for value in values):
+            shown = "; ".join(f"rank {rank}: {value!r}" for rank, value in enumerate(values))
             raise ValueError(
                 f"Shift Parallelism: {name} is not the same on all ranks: {shown}. "
                 "Start all nodes with the same flags, variables and version"

@@ -9,9 +9,6 @@ from vllm_shift.dims import ParallelDims
 # The key under VllmConfig.additional_config, vLLM's dict for plugins.
 CONFIG_KEY = "shift_parallel"
 
-# Beside it: a hash of this package, of which vLLM's compile cache takes account.
-CODE_KEY = "shift_parallel_code"
-
 DEFAULT_THRESHOLD = 256
 
 # No step has more tokens, and the counters and collectives that carry a threshold hold it.

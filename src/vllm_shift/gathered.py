@@ -21,6 +21,7 @@ from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroE
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.minimax_rms_norm import MiniMaxText01RMSNormTP
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -80,11 +81,21 @@ def _needs_all_tokens(module: nn.Module) -> bool:
 
 
 def _has_weights_of_heads(module: nn.Module) -> bool:
-    """Whether a norm in it has a shard of weights: those of the heads of TP=P, of which a row in SP mode has others."""
-    others = (child for child in module.modules() if not isinstance(child, LinearBase | Attention))
-    parameters = (parameter for child in others for parameter in child.parameters(recurse=False))
-    loaders = (getattr(parameter, "weight_loader", default_weight_loader) for parameter in parameters)
-    return any(loader is not default_weight_loader for loader in loaders)
+    """Whether a norm in it may have weights of the heads of TP=P: a row of the folded view has other heads.
+
+    Such weights have a dimension of heads and a loader that takes a shard; those of MiniMax M2 are flat.
+    """
+    experts = {part for child in module.modules() if isinstance(child, _CLASSES) for part in child.modules()}
+    for child in module.modules():
+        if isinstance(child, MiniMaxText01RMSNormTP):
+            return True
+        if child in experts or isinstance(child, LinearBase | Attention):
+            continue
+        for parameter in child.parameters(recurse=False):
+            loader = getattr(parameter, "weight_loader", default_weight_loader)
+            if parameter.dim() > 1 and loader is not default_weight_loader:
+                return True
+    return False
 
 
 class Gather:

@@ -15,7 +15,7 @@ from vllm import envs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_shift.config import CODE_KEY, CONFIG_KEY, ShiftConfig
+from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.limits import ENGINE_LIMITS, MODEL_LIMITS, UNCHECKED_LIMITS, check, check_model_shape
 from vllm_shift.metrics import publish
 from vllm_shift.owner import name_owner
@@ -26,6 +26,9 @@ _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_shift.worker_cpu.ShiftCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "vllm_shift.worker_gpu.ShiftGPUWorker",
 }
+
+# In additional_config, of which vLLM's compile cache takes account.
+_CODE_KEY = "shift_parallel_code"
 
 
 def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +52,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     if not config.active:
         return stock_create(stock_args, *args, **kwargs)
     _check_devices(config.world_size * engine_args.pipeline_parallel_size * _local_engines(engine_args), engine_args)
-    ours = {CONFIG_KEY: config.to_dict(), CODE_KEY: _code_hash()}
+    ours = {CONFIG_KEY: config.to_dict(), _CODE_KEY: code_hash()}
     stock_args.additional_config = (engine_args.additional_config or {}) | ours
 
     def create_model_config() -> Any:
@@ -104,7 +107,7 @@ def read_settings(engine_args: Any) -> ShiftConfig:
     return ShiftConfig(**merged)
 
 
-def _code_hash() -> str:
+def code_hash() -> str:
     """Of this package: vLLM's compile cache hashes traced files only, and would miss a change of how weights lie."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]

@@ -17,7 +17,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_shift.agreement import VARIABLE, StepCheck, check_settings, debug_wanted
 from vllm_shift.calibrate import calibrate
-from vllm_shift.config import CODE_KEY, CONFIG_KEY, ShiftConfig
+from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.exchange import custom_all_reduce, why_not_direct
 from vllm_shift.failure import describe_failure, describe_step, failed_captures_end_at_once
 from vllm_shift.gathered import inside_gathered
@@ -34,6 +34,7 @@ from vllm_shift.stuck import StuckStepWatch
 from vllm_shift.switch import ModeSwitch
 from vllm_shift.threshold import fit_to_graphs
 from vllm_shift.timing import ClockMark, CpuDevice, CudaDevice, CudaMark
+from vllm_shift.translate import code_hash
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -89,7 +90,7 @@ class ShiftWorkerMixin(WorkerBase):
             get_world_group().cpu_group,
             config.additional_config[CONFIG_KEY]
             | {
-                "the version of vllm-shift": config.additional_config[CODE_KEY],
+                "the code of vllm-shift": code_hash(),
                 VARIABLE: debug_wanted(),
                 "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
                 "enforce_eager": config.model_config.enforce_eager,
