@@ -268,10 +268,12 @@ def result_file(folder: Path, name: str, workload: str, turn: int = 0) -> Path:
 def run_contenders(args: argparse.Namespace, group: dict[str, Contender], model: Path) -> None:
     """Start these contenders at the same time, and run what is missing of their workloads, each in turns."""
     everything = workloads(args.scale, args.load, args.burst_seconds)
-    wanted = [(key, turn) for key in everything if key in (args.only or (key,)) for turn in range(args.rounds)]
-    if args.together == 1:
-        wanted.append(("server", 0))
-    missing = {name: [each for each in wanted if not result_file(args.folder, name, *each).exists()] for name in group}
+    turns = [(key, turn) for key in everything if key in (args.only or (key,)) for turn in range(args.rounds)]
+    facts_too = [("server", 0)] if args.together == 1 else []
+    missing = {
+        name: [each for each in turns + facts_too if not result_file(args.folder, name, *each).exists()]
+        for name in group
+    }
     servers: dict[str, Server] = {}
 
     def give_up(name: str, error: RuntimeError) -> None:
@@ -297,9 +299,9 @@ def run_contenders(args: argparse.Namespace, group: dict[str, Contender], model:
                     result_file(args.folder, name, "server").write_text(json.dumps(facts))
             except RuntimeError as error:
                 give_up(name, error)
-        for key, turn in wanted:
+        for key, turn in turns:
             for name, server in list(servers.items()):
-                if (key, turn) not in missing[name] or key not in everything:
+                if (key, turn) not in missing[name]:
                     continue
                 try:
                     report = run_workload(everything[key], server.url, seed=100 * len(key) + 10 * turn)
@@ -398,8 +400,9 @@ def main() -> None:
         run_contenders(args, {name: chosen[name] for name in names[first : first + args.together]}, model)
     found = collect(args.folder, list(chosen))
     (args.folder / "figures.json").write_text(json.dumps(found, indent=1))
-    (args.folder / "table.md").write_text(text := table(medians(found), list(chosen)) + "\n")
-    plot(medians(found), list(chosen), args.folder / "plot.png")
+    shown = medians(found)
+    (args.folder / "table.md").write_text(text := table(shown, list(chosen)) + "\n")
+    plot(shown, list(chosen), args.folder / "plot.png")
     print(text)
 
 

@@ -130,7 +130,7 @@ def log_lines() -> Iterator[list[str]]:
     """What this package logs while this is open."""
     lines: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: lines.append(record.getMessage())
     logger = logging.getLogger("vllm.vllm_shift")
     logger.addHandler(handler)
     try:

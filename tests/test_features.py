@@ -10,12 +10,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from rank_group import run_ranks
+from rank_group import TOLERANCE, run_ranks
 
 pytestmark = pytest.mark.engine
 
 THRESHOLDS = [0, 48]
-TOLERANCE = 1e-3
 
 
 def speculative(**config: Any) -> dict[str, Any]:

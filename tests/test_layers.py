@@ -1,4 +1,4 @@
-"""What layers and workers refuse: what has no way to run in SP mode, and what would leave slots as they were."""
+"""What layers refuse: what has no way to run in SP mode, and what another plugin has replaced."""
 
 from contextlib import ExitStack
 from types import SimpleNamespace

@@ -97,12 +97,8 @@ def test_a_share_that_may_differ_does_not_hide_a_rank(rank):
     """Of a mixture of experts that a quarter of the vectors may differ more, and a rank has a quarter of the tokens."""
     check = object.__new__(SelfCheck)
     check._switch = SimpleNamespace(dims=ParallelDims(4, 1, 0))
-    check._share, check._dtype, check._layers, check._quantizes, check._quantizes_cache = (
-        0.25,
-        torch.bfloat16,
-        48,
-        *[False] * 2,
-    )
+    check._share, check._dtype, check._layers = 0.25, torch.bfloat16, 48
+    check._quantizes, check._quantizes_cache = False, False
     check._read_cache = lambda lengths: []
     reference = torch.randn(257, 16, generator=torch.Generator().manual_seed(0))
 

@@ -85,11 +85,11 @@ def _has_weights_of_heads(module: nn.Module) -> bool:
 
     Such weights have a dimension of heads and a loader that takes a shard; those of MiniMax M2 are flat.
     """
-    experts = {part for child in module.modules() if isinstance(child, _CLASSES) for part in child.modules()}
+    apart = {part for child in module.modules() if isinstance(child, _CLASSES) for part in child.modules()}
     for child in module.modules():
         if isinstance(child, MiniMaxText01RMSNormTP):
             return True
-        if child in experts or isinstance(child, LinearBase | Attention):
+        if child in apart or isinstance(child, LinearBase | Attention):
             continue
         for parameter in child.parameters(recurse=False):
             loader = getattr(parameter, "weight_loader", default_weight_loader)
@@ -195,9 +195,9 @@ def _experts_that_sum(module: Any) -> Any:
     config = module.moe_config
     # As in vllm/model_executor/layers/fused_moe/layer.py and runner/moe_runner.py.
     leaves_out = not config.moe_parallel_config.use_all2all_kernels and not config.is_sequence_parallel
-    leaves_out = leaves_out and (config.tp_size > 1 or config.ep_size > 1)
+    has_several = config.tp_size > 1 or config.ep_size > 1
     adds_more = isinstance(module.router, ZeroExpertRouter)
-    return config if leaves_out and not adds_more and not config.skip_final_all_reduce else None
+    return config if leaves_out and has_several and not adds_more and not config.skip_final_all_reduce else None
 
 
 def _layer_that_sums(module: nn.Module) -> tuple[RowParallelLinear, nn.Module] | tuple[None, None]:
