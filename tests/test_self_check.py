@@ -51,7 +51,7 @@ def test_a_check_that_has_no_room_is_announced(caplog_vllm):
     check._switch = SimpleNamespace(max_tp_tokens=256, dims=SimpleNamespace(sp=2))
     check._runner = SimpleNamespace(kv_cache_config=SimpleNamespace(num_blocks=4))
     check._groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))]
-    check._drafts, check._quantizes, check._quantizes_cache, check._whole_prompts = 0, False, False, False
+    check._drafts, check._share, check._whole_prompts = 0, 0.0, False
     assert not check.run()
     assert "no self-check, because no prompts of 257 tokens" in caplog_vllm.text
     caplog_vllm.clear()
@@ -97,8 +97,8 @@ def test_a_share_that_may_differ_does_not_hide_a_rank(rank):
     """Of a mixture of experts that a quarter of the vectors may differ more, and a rank has a quarter of the tokens."""
     check = object.__new__(SelfCheck)
     check._switch = SimpleNamespace(dims=ParallelDims(4, 1, 0))
-    check._share, check._dtype, check._layers = 0.25, torch.bfloat16, 48
-    check._quantizes, check._quantizes_cache = False, False
+    check._dtype, check._layers, check._quantizes, check._quantizes_cache = torch.bfloat16, 48, False, False
+    check._share, check._bounds_outliers = check._share_of_outliers(is_moe=True), False
     check._read_cache = lambda lengths: []
     reference = torch.randn(257, 16, generator=torch.Generator().manual_seed(0))
 
@@ -114,6 +114,30 @@ def test_a_share_that_may_differ_does_not_hide_a_rank(rank):
     assert not failures(torch.randperm(257, generator=torch.Generator().manual_seed(rank))[:60])
 
 
+@pytest.mark.parametrize(("sp", "may_differ"), [(2, 6), (8, 4)])
+def test_few_tokens_of_a_trained_model_may_differ_more(sp, may_differ):
+    check = object.__new__(SelfCheck)
+    check._switch = SimpleNamespace(dims=ParallelDims(sp, 1, 0))
+    check._dtype, check._quantizes, check._quantizes_cache = torch.bfloat16, False, False
+    check._share, check._bounds_outliers = check._share_of_outliers(is_moe=False), True
+    reference = torch.nn.functional.normalize(torch.randn(65, 16, generator=torch.Generator().manual_seed(0)))
+
+    def fails(tokens, by, layer=11):
+        found = reference.clone()
+        found[:tokens] *= 1 + by
+        return check._difference("", layer, reference, found).fails
+
+    assert allowed_error(torch.bfloat16, 11) == 0.1875
+    assert not fails(65, 0.18)
+    assert not fails(may_differ, 0.45)
+    assert fails(may_differ + 1, 0.2)
+    assert fails(1, 0.51)
+    assert not fails(65, 0.015, layer=0)
+    assert fails(1, 0.017, layer=0)
+    check._dtype = torch.float32
+    assert check._share_of_outliers(is_moe=False) == check._share_of_outliers(is_moe=True) == 0
+
+
 def test_relative_error():
     x = torch.randn(50, 4, 32, generator=torch.Generator().manual_seed(0))
     assert relative_error(x, x, 0) == 0
@@ -121,6 +145,17 @@ def test_relative_error():
     one_wrong[7, 2] *= 1.5
     assert relative_error(x, one_wrong, 0) == pytest.approx(0.5, abs=0.1)
     assert relative_error(x, one_wrong, 0.25) == 0
+    # All tokens of one head of many.
+    cache = torch.randn(3, 16, 16, 32, generator=torch.Generator().manual_seed(0))
+    of_a_head = cache.clone()
+    of_a_head[:, 5] *= 1.5
+    of_a_head[0, :, :4] *= 1.5
+    assert relative_error(cache, of_a_head, 0.1) == pytest.approx(0.5, abs=0.1)
+    of_a_head[:, 5] = cache[:, 5]
+    assert relative_error(cache, of_a_head, 0.1) == 0
+    # A head of which nothing is written is no difference, if another one is.
+    of_a_head[:, 1] = cache[:, 1] = 0
+    assert relative_error(cache, of_a_head, 0.1) == 0
     # Nothing written in one of them, or in both.
     assert relative_error(x, torch.zeros_like(x), 0.25) > 0.5
     assert relative_error(torch.zeros_like(x), torch.zeros_like(x), 0) == math.inf

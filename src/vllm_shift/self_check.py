@@ -39,8 +39,8 @@ from vllm_shift.quantized import quantizes_inputs
 from vllm_shift.rounding import (
     MOE_SHARE,
     MOST_ALLOWED,
+    OUTLIER_SHARE,
     PART_SHARE,
-    QUANTIZED_SHARE,
     TOKENS_OF_A_PART,
     allowed_error,
     relative_error,
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Tokens a rank to check with at least; where inputs are quantized, enough for a share of them to be left out.
+# Tokens a rank to check with at least; where a share of them may differ more, enough for that.
 TOKENS_PER_RANK = 8
-TOKENS_PER_RANK_QUANTIZED = 32
+TOKENS_PER_RANK_OUTLIERS = 32
 
 _EVERYTHING = 1 << 30
 
@@ -79,6 +79,11 @@ class Difference:
     def fails(self) -> bool:
         """Whether rounding does not explain it."""
         return not self.error <= self.allowed
+
+    @property
+    def closeness(self) -> float:
+        """How close rounding comes to what is allowed; 1 is all of it."""
+        return self.error / self.allowed
 
 
 def prompt_lengths(
@@ -130,12 +135,10 @@ class SelfCheck:
         self._groups = worker.model_runner.kv_cache_config.kv_cache_groups
         model_config = worker.model_config
         self._dtype, self._layers = model_config.dtype, model_config.get_total_num_hidden_layers()
-        self._share = MOE_SHARE if model_config.is_moe and self._dtype != torch.float32 else 0.0
         self._quantizes = quantizes_inputs(worker.model_runner.get_model())
         self._quantizes_cache = is_quantized_kv_cache(worker.cache_config.cache_dtype)
-        if self._quantizes or self._quantizes_cache:
-            # Half of one rank's tokens, so that a bug of one rank shows.
-            self._share = max(self._share, min(QUANTIZED_SHARE, 0.5 / self._switch.dims.sp))
+        self._share = self._share_of_outliers(model_config.is_moe)
+        self._bounds_outliers = not (model_config.is_moe or self._quantizes or self._quantizes_cache)
         self._vocabulary = model_config.get_vocab_size()
         speculative = worker.vllm_config.speculative_config
         # A draft model writes that far beyond a prompt.
@@ -146,6 +149,16 @@ class SelfCheck:
             self._pooling_task = min(self._runner.get_supported_pooling_tasks(), default=None)
         # Without chunked prefill, as some ways of pooling need it, prompts are not split here either.
         self._whole_prompts = not worker.scheduler_config.enable_chunked_prefill
+
+    def _share_of_outliers(self, is_moe: bool) -> float:
+        """That share of the vectors may differ more than others."""
+        if self._dtype == torch.float32:
+            if not (self._quantizes or self._quantizes_cache):
+                return 0.0
+        elif is_moe:
+            return MOE_SHARE
+        # At most half of one rank's tokens, so that a bug of one rank shows.
+        return min(OUTLIER_SHARE, 0.5 / self._switch.dims.sp)
 
     @torch.inference_mode()
     def run(self) -> bool:
@@ -171,7 +184,7 @@ class SelfCheck:
             scheduler.max_num_seqs,
             longest,
             lambda found: sum(map(len, self._blocks(found))) < self._runner.kv_cache_config.num_blocks,
-            TOKENS_PER_RANK_QUANTIZED if self._quantizes or self._quantizes_cache else TOKENS_PER_RANK,
+            TOKENS_PER_RANK_OUTLIERS if self._share else TOKENS_PER_RANK,
         )
         if lengths is None:
             if scheduler.max_num_batched_tokens > threshold:
@@ -181,7 +194,7 @@ class SelfCheck:
             differences = self._differences(lengths)
         self._zero_cache(lengths)
         if self._worker.rank == 0:
-            worst = max(differences, key=lambda difference: difference.error / difference.allowed)
+            worst = max(differences, key=lambda difference: difference.closeness)
             logger.info(
                 "Shift Parallelism: self-check passed in %.1f s; on %d tokens the modes differ by rounding "
                 "(%s: %.1g, allowed %.1g).",
@@ -248,7 +261,8 @@ class SelfCheck:
     def _count(self, group: Any, length: int) -> int:
         if isinstance(group.kv_cache_spec, EncoderOnlyAttentionSpec):
             return 0  # attention in both directions keeps nothing
-        return int(cdiv(length + self._drafts, group.kv_cache_spec.block_size))
+        most = self._worker.model_config.max_model_len
+        return int(cdiv(min(length + self._drafts, most), group.kv_cache_spec.block_size))
 
     def _blocks(self, lengths: list[int]) -> list[list[int]]:
         """KV cache blocks of all prompts by KV cache group. Groups share memory, so no block is used twice."""
@@ -417,9 +431,14 @@ class SelfCheck:
         return differences
 
     def _difference(self, place: str, layer: int, expected: torch.Tensor, found: torch.Tensor) -> Difference:
-        error = relative_error(expected, found, self._share)
         allowed = allowed_error(self._dtype, layer, self._quantizes, self._quantizes_cache)
-        return Difference(place, layer, error, allowed)
+        # Before the first layer nothing makes outliers but quantizing.
+        share = self._share if layer or self._quantizes or self._quantizes_cache else 0.0
+        most = Difference(place, layer, relative_error(expected, found, share), allowed)
+        if not self._bounds_outliers:
+            return most
+        outlier = Difference(place, layer, relative_error(expected, found, 0), MOST_ALLOWED)
+        return max(most, outlier, key=lambda difference: difference.closeness)
 
     def _of_parts(self, layer: int, expected: torch.Tensor, found: torch.Tensor) -> Iterator[Difference]:
         """Of parts of a rank's tokens, where the vectors that may differ more are as many as a rank has.

@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import DeviceMemoryProfiler
+from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_shift.agreement import VARIABLE, StepCheck, check_settings, debug_wanted
@@ -217,6 +218,8 @@ class ShiftWorkerMixin(WorkerBase):
             times = super().compile_or_warm_up_model()
         if self.shift_config.self_check:
             checked = SelfCheck(self, super().execute_model).run()
+            # As the stock worker after its own steps: requests without a seed, as those were, draw one.
+            set_random_seed(self.model_config.seed)
             if checked and self.rank == 0 and self.model_config.architecture not in TESTED:
                 logger.warning(
                     "Shift Parallelism: %s is not among the tested architectures; it runs by the self-check only.",
