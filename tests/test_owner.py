@@ -7,6 +7,7 @@ import contextlib
 import os
 import select
 import signal
+import threading
 import time
 
 import psutil
@@ -59,6 +60,15 @@ def test_a_worker_without_its_api_server(by_owner, monkeypatch):
             os.kill(process, signal.SIGKILL)
     os.close(at_end)
     assert ended == by_owner
+
+
+def test_a_python_without_pidfds_starts_no_watch(monkeypatch):
+    """Some builds for old kernels have none."""
+    core = psutil.Process().parent()
+    monkeypatch.setenv("SHIFT_PARALLEL_OWNER", str(core.ppid()))
+    monkeypatch.delattr(os, "pidfd_open")
+    owner.end_with_owner()
+    assert "OwnerWatch" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_worker_that_does_not_end_with_its_engine_core(monkeypatch):

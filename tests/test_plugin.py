@@ -1,7 +1,11 @@
 """The flags, and what they become: configs of stock engines, or clear refusals. No engine starts here."""
 
+import copy
 import itertools
+import os
+import pickle
 import re
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -61,6 +65,8 @@ def test_flags_reach_the_fields(args_cls, llama):
     defaults = args_cls.from_cli_args(parser.parse_args(["--model", llama]))
     assert (defaults.ulysses_sequence_parallel_size, defaults.enable_shift_parallel) == (1, False)
     assert defaults.shift_parallel_threshold == 256
+    # As one given later on a command line than those of a config file.
+    assert not parser.parse_args(["--enable-shift-parallel", "--no-enable-shift-parallel"]).enable_shift_parallel
 
 
 @pytest.mark.parametrize("args_cls", [EngineArgs, AsyncEngineArgs])
@@ -83,6 +89,36 @@ def test_flags_survive_a_process_that_reads_them_before_it_loads_plugins(args_cl
     wrong = ["--additional-config", '{"shift_parallel": {"ulysses_sequence_parallel_size": 4}}']
     with pytest.raises(ValueError, match=r"4 in additional.*give it once"):
         translate.read_settings(args_cls.from_cli_args(parser.parse_args(flags + wrong)))
+
+
+UNPICKLE = """
+import pickle, sys
+engine_args = [pickle.loads(bytes.fromhex(each)) for each in sys.argv[1:]]
+again = [type(each)(**vars(each)) for each in engine_args]
+print("vllm_shift" in sys.modules, *(getattr(each, "ulysses_sequence_parallel_size", 0) for each in again))
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "printed"),
+    [({}, "False 0"), (SHIFT, "True 2"), ({"additional_config": {CONFIG_KEY: SHIFT}}, "True 1")],
+    ids=["stock", "fields", "config"],
+)
+def test_engine_args_sent_to_a_process_bring_the_plugin_if_they_need_it(llama, settings, printed):
+    """As ``vllm bench startup`` sends them: it unpickles them, and makes new ones, before it loads plugins."""
+    sent = pickle.dumps(AsyncEngineArgs(model=llama, **settings)).hex()
+    environment = os.environ | {"VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
+    run = subprocess.run([sys.executable, "-c", UNPICKLE, sent], env=environment, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1:] == [printed], run.stderr
+
+
+def test_copies_of_engine_args_keep_the_settings(llama):
+    for settings in ({}, SHIFT):
+        engine_args = EngineArgs(model=llama, **settings)
+        for copied in (copy.copy(engine_args), copy.deepcopy(engine_args)):
+            assert type(copied) is EngineArgs
+            assert vars(copied) == vars(engine_args)
+            assert vars(copied) is not vars(engine_args)
 
 
 def test_api_servers_gain_the_exit_code(llama, monkeypatch):
@@ -188,14 +224,16 @@ def test_the_flags_become_a_stock_config_of_all_ranks(llama):
     assert not custom_op.op_registry_oot
 
 
-def test_settings_in_additional_config_equal_flags(llama):
+def test_settings_in_additional_config_equal_flags(llama, caplog_vllm):
     by_flags = create(llama, tensor_parallel_size=2, **SHIFT)
     by_dict = create(llama, additional_config={CONFIG_KEY: SHIFT | {"tensor_parallel_size": 2}})
     mixed = create(llama, tensor_parallel_size=2, enable_shift_parallel=True,
                    additional_config={CONFIG_KEY: {"ulysses_sequence_parallel_size": 2}})  # fmt: skip
     assert by_flags.additional_config == by_dict.additional_config == mixed.additional_config
     assert by_dict.parallel_config.world_size == 4
+    assert "Shift Parallelism is off" not in caplog_vllm.text
     stock = create(llama, additional_config={CONFIG_KEY: {"tensor_parallel_size": 2}})
+    assert "Shift Parallelism is off: ulysses_sequence_parallel_size is 1" in caplog_vllm.text
     assert stock.parallel_config.world_size == 2
     assert stock.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
 
@@ -233,6 +271,9 @@ BAD = [
     ({"load_format": "sharded_state"}, r"load formats .*\(sharded_state\)"),
     ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
     ({"additional_config": {CONFIG_KEY: {"threshold": 3}}}, r"unknown keys \['threshold'\]"),
+    ({"additional_config": {"shift-parallel": {}, "self": 1}}, r"has \['shift-parallel'\], which belong into .*_para"),
+    ({"ulysses_sequence_parallel_size": 1, "enable_shift_parallel": False, "additional_config": SHIFT},
+     r"has \['enable_shift_parallel', 'ulysses_sequence_parallel_size'\], which belong into"),
     ({"additional_config": {CONFIG_KEY: {"ulysses_sequence_parallel_size": 4}}}, "4 in additional.*give it once"),
 ]  # fmt: skip
 

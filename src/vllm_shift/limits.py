@@ -385,9 +385,9 @@ ENGINE_LIMITS = (
         "use an unquantized model, or leave out --weight-transfer-config",
     ),
     Limit(
-        "load formats that bypass the weight loaders",
+        "load formats that bypass the weight loaders, or have not been tried",
         lambda config: _not_in(config.load_config.load_format, LOAD_FORMATS),
-        f"use one of --load-format {', '.join(LOAD_FORMATS)}",
+        f"use one of --load-format {', '.join(LOAD_FORMATS)}, and a model on disk",
     ),
     Limit(
         "executors other than multiprocessing, Ray and external_launcher",

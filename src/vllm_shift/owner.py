@@ -40,7 +40,7 @@ def end_with_owner() -> None:
         return
     try:
         handles = os.pidfd_open(core.ppid()), os.pidfd_open(core.pid)
-    except OSError:  # not in this kernel or container
+    except (AttributeError, OSError):  # not in this Python, which may be built for older kernels, or not in this kernel
         return
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # for the thread, which cannot
     threading.Thread(target=_watch, args=handles, name="OwnerWatch", daemon=True).start()

@@ -4,6 +4,8 @@
 With the flags at their defaults it behaves as before, and nothing else of vLLM is touched.
 """
 
+import argparse
+import copyreg
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -51,6 +53,7 @@ def register() -> None:
     EngineArgs._vllm_shift = True
     for cls in (EngineArgs, AsyncEngineArgs):
         _add_fields(cls)
+    _add_pickling(EngineArgs)
     _add_flags(EngineArgs)
     _add_handover(EngineArgs)
     _add_translation(EngineArgs)
@@ -63,14 +66,36 @@ def _add_fields(cls: type) -> None:
 
     @functools.wraps(stock_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Defaults stay with the class: of an instance without our settings, vars() is what vLLM expects.
         for field in fields:
-            setattr(self, field.name, kwargs.pop(field.name, field.default))
+            if (value := kwargs.pop(field.name, field.default)) != field.default:
+                setattr(self, field.name, value)
         stock_init(self, *args, **kwargs)
 
     cls.__init__ = init  # type: ignore[misc]
     for field in fields:
         setattr(cls, field.name, field.default)
         cls.__dataclass_fields__[field.name] = field  # type: ignore[attr-defined]
+
+
+def _has_our_settings(engine_args: Any) -> bool:
+    fields = dataclasses.fields(ShiftArgs)
+    additional = engine_args.additional_config
+    in_config = isinstance(additional, Mapping) and CONFIG_KEY in additional
+    return in_config or any(getattr(engine_args, field.name) != field.default for field in fields)
+
+
+def _add_pickling(engine_args: Any) -> None:
+    """Let a process that unpickles our settings import this module: it may load plugins later, or never."""
+
+    def reduce(self: Any) -> tuple[Any, ...]:
+        return (_new if _has_our_settings(self) else copyreg.__newobj__), (type(self),), vars(self)  # type: ignore[attr-defined]
+
+    engine_args.__reduce__ = reduce
+
+
+def _new(cls: Any) -> Any:
+    return cls.__new__(cls)
 
 
 def _threshold(text: str) -> int | str:
@@ -104,7 +129,7 @@ def _add_flags(engine_args: Any) -> None:
         )
         group.add_argument(
             "--enable-shift-parallel",
-            action="store_true",
+            action=argparse.BooleanOptionalAction,
             default=ShiftArgs.enable_shift_parallel,
             help="Run small batches with tensor parallelism over all tensor x ulysses GPUs. "
             "Without it every step runs with sequence parallelism.",
@@ -153,12 +178,22 @@ def _add_translation(engine_args: Any) -> None:
 
     @functools.wraps(stock_create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        unused = all(getattr(self, field.name) == field.default for field in dataclasses.fields(ShiftArgs))
-        additional = self.additional_config
-        if unused and not (isinstance(additional, Mapping) and CONFIG_KEY in additional):
+        _check_no_setting_is_misplaced(self.additional_config)
+        if not _has_our_settings(self):
             return stock_create(self, *args, **kwargs)
         from vllm_shift.translate import create_shift_engine_config
 
         return create_shift_engine_config(stock_create, self, *args, **kwargs)
 
     engine_args.create_engine_config = create_engine_config
+
+
+def _check_no_setting_is_misplaced(additional: Any) -> None:
+    """Refuse settings of ours that would have no effect where they are.
+
+    Raises:
+        ValueError: names them, and where they belong.
+    """
+    names = {CONFIG_KEY.replace("_", "-"), *(field.name for field in dataclasses.fields(ShiftArgs))}
+    if isinstance(additional, Mapping) and (misplaced := sorted(names.intersection(additional))):
+        raise ValueError(f"additional_config has {misplaced}, which belong into additional_config[{CONFIG_KEY!r}]")

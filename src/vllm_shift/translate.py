@@ -50,6 +50,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     stock_args = copy.copy(engine_args)
     stock_args.tensor_parallel_size = config.world_size
     if not config.active:
+        logger.warning("Shift Parallelism is off: ulysses_sequence_parallel_size is 1.")
         return stock_create(stock_args, *args, **kwargs)
     _check_devices(config.world_size * engine_args.pipeline_parallel_size * _local_engines(engine_args), engine_args)
     ours = {CONFIG_KEY: config.to_dict(), _CODE_KEY: code_hash()}
