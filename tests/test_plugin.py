@@ -1,12 +1,14 @@
 """The flags, and what they become: configs of stock engines, or clear refusals. No engine starts here."""
 
 import copy
+import dataclasses
 import itertools
 import os
 import pickle
 import re
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
@@ -119,6 +121,17 @@ def test_copies_of_engine_args_keep_the_settings(llama):
             assert type(copied) is EngineArgs
             assert vars(copied) == vars(engine_args)
             assert vars(copied) is not vars(engine_args)
+
+    class WithoutItsLock(EngineArgs):
+        lock = None
+
+        def __getstate__(self):
+            return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    engine_args = WithoutItsLock(model=llama, **SHIFT)
+    engine_args.lock = threading.Lock()
+    assert copy.deepcopy(engine_args).lock is None
+    assert dataclasses.replace(engine_args, seed=5).enable_shift_parallel
 
 
 def test_api_servers_gain_the_exit_code(llama, monkeypatch):
@@ -271,9 +284,10 @@ BAD = [
     ({"load_format": "sharded_state"}, r"load formats .*\(sharded_state\)"),
     ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
     ({"additional_config": {CONFIG_KEY: {"threshold": 3}}}, r"unknown keys \['threshold'\]"),
-    ({"additional_config": {"shift-parallel": {}, "self": 1}}, r"has \['shift-parallel'\], which belong into .*_para"),
+    ({"additional_config": {"other": 1, "shift-parallel": {}}}, "has 'shift-parallel', which is spelt 'shift_para"),
     ({"ulysses_sequence_parallel_size": 1, "enable_shift_parallel": False, "additional_config": SHIFT},
-     r"has \['enable_shift_parallel', 'ulysses_sequence_parallel_size'\], which belong into"),
+     r"has 'ulysses_.*', which belongs in additional_config\['shift_parallel'\]"),
+    ({"additional_config": {"shift-parallel-threshold": 3}}, "has 'shift-parallel-threshold', which belongs in"),
     ({"additional_config": {CONFIG_KEY: {"ulysses_sequence_parallel_size": 4}}}, "4 in additional.*give it once"),
 ]  # fmt: skip
 

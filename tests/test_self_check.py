@@ -63,6 +63,13 @@ def test_a_check_that_has_no_room_is_announced(caplog_vllm):
     assert not caplog_vllm.text
 
 
+def test_blocks_of_draft_tokens_end_where_requests_end():
+    check = object.__new__(SelfCheck)
+    check._worker = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+    check._drafts, group = 5, SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
+    assert [check._count(group, length) for length in (11, 12, 507, 511)] == [1, 2, 32, 32]
+
+
 @pytest.mark.parametrize(("swap_bytes", "checks"), [(None, 1), (math.inf, 1), (4096, 2)])
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_only_large_steps_do_is_checked_too(monkeypatch, swap_bytes, checks, fails):
@@ -122,10 +129,12 @@ def test_few_tokens_of_a_trained_model_may_differ_more(sp, may_differ):
     check._share, check._bounds_outliers = check._share_of_outliers(is_moe=False), True
     reference = torch.nn.functional.normalize(torch.randn(65, 16, generator=torch.Generator().manual_seed(0)))
 
-    def fails(tokens, by, layer=11):
+    def fails(tokens, by, layer=11, layers_before=0):
         found = reference.clone()
         found[:tokens] *= 1 + by
-        return check._difference("", layer, reference, found).fails
+        name = f"layers.{layer}"
+        check._read_cache = lambda lengths: [(name, found)]
+        return check._compare([65], None, None, [(name, reference)], layers_before)[0].fails
 
     assert allowed_error(torch.bfloat16, 11) == 0.1875
     assert not fails(65, 0.18)
@@ -134,6 +143,10 @@ def test_few_tokens_of_a_trained_model_may_differ_more(sp, may_differ):
     assert fails(1, 0.51)
     assert not fails(65, 0.015, layer=0)
     assert fails(1, 0.017, layer=0)
+    # Without a TP mode, whose reference is eager.
+    assert not fails(65, 0.03, layer=0, layers_before=1)
+    assert fails(1, 0.033, layer=0, layers_before=1)
+    assert not fails(1, 0.4, layer=1, layers_before=1)
     check._dtype = torch.float32
     assert check._share_of_outliers(is_moe=False) == check._share_of_outliers(is_moe=True) == 0
 

@@ -1,9 +1,12 @@
-"""What the worker changes about the memory that vLLM leaves for the KV cache, and what it refuses."""
+"""What the worker changes about the memory that vLLM leaves for the KV cache, what it leaves alone, what it refuses."""
 
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_shift.worker import ShiftWorkerMixin
 
@@ -32,6 +35,40 @@ def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(monkeypatch
     monkeypatch.setattr("vllm_shift.worker.current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr("vllm_shift.worker.get_tp_group", lambda: SimpleNamespace(device_communicator=None))
     assert Worker().determine_available_memory() == int(left * 2**20)
+
+
+class DrawingSelfCheck:
+    """Its requests draw seeds, as those of vLLM's V2 model runner do."""
+
+    def __init__(self, worker, execute):
+        pass
+
+    def run(self):
+        np.random.randint(100, size=3)
+        return False
+
+
+def test_the_self_check_leaves_random_numbers_as_they_were(monkeypatch):
+    class Stock(WorkerBase):
+        execute_model = None
+
+        def compile_or_warm_up_model(self):
+            set_random_seed(self.model_config.seed)
+
+    class Worker(ShiftWorkerMixin, Stock):
+        def __init__(self):
+            self.rank, self.model_config = 0, SimpleNamespace(seed=7)
+            self.shift_config = SimpleNamespace(is_auto=False, self_check=True)
+            self.switch = SimpleNamespace(graph_capture=lambda: lambda capture: capture, max_tp_tokens=256)
+            self.model_runner = SimpleNamespace(capture_model=None)
+            self.shift_counter = SimpleNamespace(start=lambda threshold: None)
+            self._fit_threshold_to_graphs, self._run_largest_step = lambda: None, lambda in_sp: None
+
+    monkeypatch.setattr("vllm_shift.worker.SelfCheck", DrawingSelfCheck)
+    Worker()._warm_up()
+    drawn = np.random.randint(2**31, size=4).tolist()
+    set_random_seed(7)
+    assert drawn == np.random.randint(2**31, size=4).tolist()
 
 
 def worker(quantization=None, lora_config=None, rank=1, executor="mp"):

@@ -89,7 +89,7 @@ def _add_pickling(engine_args: Any) -> None:
     """Let a process that unpickles our settings import this module: it may load plugins later, or never."""
 
     def reduce(self: Any) -> tuple[Any, ...]:
-        return (_new if _has_our_settings(self) else copyreg.__newobj__), (type(self),), vars(self)  # type: ignore[attr-defined]
+        return (_new if _has_our_settings(self) else copyreg.__newobj__), (type(self),), self.__getstate__()  # type: ignore[attr-defined]
 
     engine_args.__reduce__ = reduce
 
@@ -192,8 +192,12 @@ def _check_no_setting_is_misplaced(additional: Any) -> None:
     """Refuse settings of ours that would have no effect where they are.
 
     Raises:
-        ValueError: names them, and where they belong.
+        ValueError: names the key, and what it should be.
     """
-    names = {CONFIG_KEY.replace("_", "-"), *(field.name for field in dataclasses.fields(ShiftArgs))}
-    if isinstance(additional, Mapping) and (misplaced := sorted(names.intersection(additional))):
-        raise ValueError(f"additional_config has {misplaced}, which belong into additional_config[{CONFIG_KEY!r}]")
+    names = [field.name for field in dataclasses.fields(ShiftArgs)]
+    for key in additional if isinstance(additional, Mapping) else ():
+        spelt = str(key).replace("-", "_")
+        if spelt in names:
+            raise ValueError(f"additional_config has {key!r}, which belongs in additional_config[{CONFIG_KEY!r}]")
+        if spelt == CONFIG_KEY != key:
+            raise ValueError(f"additional_config has {key!r}, which is spelt {CONFIG_KEY!r}")

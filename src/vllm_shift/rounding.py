@@ -21,11 +21,11 @@ TF32_EPSILON = 2**-10
 # Share of vectors of a mixture-of-experts model that may differ more: rounding may send a token to another expert.
 MOE_SHARE = 0.25
 
-# The same in other models, unless in float32. Where inputs are quantized, some tokens have far larger values than
-# others, and errors with them. In trained models the first token of a prompt, which all others attend to, becomes such
-# a one within a layer or two, and rounding decides how far: in SmolLM2-135M in bfloat16 the key of one prompt's first
-# token differs by 0.10 in layer 11, others by up to 0.04 (S=3, on a CPU); on three H200 one differed by 0.27. Unless
-# something is quantized, none may differ by more than MOST_ALLOWED.
+# The same in bfloat16 and float16, and where something is quantized. Where inputs are, some tokens have far larger
+# values than others, and errors with them. In trained models the first token of a prompt, which all others attend to,
+# becomes such a one within a layer or two, and rounding decides how far: in SmolLM2-135M in bfloat16 the value of one
+# prompt's first token differs by 0.10 in layer 11, of another's by 0.06, of other tokens by up to 0.04 (S=3, on a CPU);
+# on three H200 one vector differed by 0.27. Unless something is quantized, none may differ by more than MOST_ALLOWED.
 OUTLIER_SHARE = 0.1
 
 # Of a quarter of a rank's tokens, if that has so many: a bug of the rank is in all of them. After an early token
@@ -68,7 +68,7 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor, share: float) ->
 
     Args:
         expected: [..., size], or [blocks, heads, block size, size]. Vectors shorter than the root mean square length
-            count as that long; those that are zero in both are left out.
+            of all heads count as that long; those that are zero in both are left out.
         found: of the same shape.
         share: that many of the vectors of each head, those that differ most, are left out, 0 to 1.
 

@@ -393,7 +393,10 @@ class SelfCheck:
             cache.index_fill_(0, numbers, 0)
 
     def _read_cache(self, lengths: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the prompts' blocks hold: vectors [..., size], keys and values apart."""
+        """What the prompts' blocks hold: vectors [..., size], keys and values apart.
+
+        The CPU backend packs a block, so that there a vector is of several tokens.
+        """
         context = self._worker.vllm_config.compilation_config.static_forward_context
         own = {*self._runner.get_model().modules(), *self._switch.attention_layers}
         for name, cache, numbers in self._caches(lengths):
@@ -419,21 +422,27 @@ class SelfCheck:
         # On the CPU, a part holds some keys and some values, and of a single token one part may hold nothing.
         written = {name for name, expected in cache if expected.any()}
         differences = [
-            self._difference(name, _layer(name) + layers_before, expected.to(x.device), x)
+            self._difference(name, _layer(name) + layers_before, expected.to(x.device), x, self._share_of(name))
             for (name, expected), (_, x) in zip(cache, self._read_cache(lengths), strict=True)
             if expected.any() or x.any() or name not in written
         ]
         differences.sort(key=lambda difference: difference.layer)
         if reference is not None and found is not None:
-            differences.append(self._difference("hidden states", self._layers + layers_before, reference, found))
+            layer = self._layers + layers_before
+            differences.append(self._difference("hidden states", layer, reference, found, self._share))
             if self._share * self._switch.dims.sp >= 1 and len(found) == sum(lengths):
                 differences += self._of_parts(differences[-1].layer, reference, found)
         return differences
 
-    def _difference(self, place: str, layer: int, expected: torch.Tensor, found: torch.Tensor) -> Difference:
+    def _share_of(self, name: str) -> float:
+        """That share of the vectors in an attention layer's KV cache may differ more than others."""
+        # Before the first one nothing makes outliers but quantizing.
+        return self._share if _layer(name) or self._quantizes or self._quantizes_cache else 0.0
+
+    def _difference(
+        self, place: str, layer: int, expected: torch.Tensor, found: torch.Tensor, share: float
+    ) -> Difference:
         allowed = allowed_error(self._dtype, layer, self._quantizes, self._quantizes_cache)
-        # Before the first layer nothing makes outliers but quantizing.
-        share = self._share if layer or self._quantizes or self._quantizes_cache else 0.0
         most = Difference(place, layer, relative_error(expected, found, share), allowed)
         if not self._bounds_outliers:
             return most
@@ -502,7 +511,7 @@ class SelfCheck:
                 if x.shape == expected.shape and x.is_floating_point():
                     # What comes out of a layer has been through its row-parallel parts.
                     before = layer + self._quantizes
-                    differences.append(self._difference(name, before, expected.to(x.device), x))
+                    differences.append(self._difference(name, before, expected.to(x.device), x, self._share))
 
         model = self._runner.get_model()
         # What runs inside a gathered module has the rows of all tokens, in another order than a folded view.

@@ -218,7 +218,7 @@ class ShiftWorkerMixin(WorkerBase):
             times = super().compile_or_warm_up_model()
         if self.shift_config.self_check:
             checked = SelfCheck(self, super().execute_model).run()
-            # As the stock worker after its own steps: requests without a seed, as those were, draw one.
+            # The V2 model runner drew seeds for its requests; later ones have to draw what they draw in stock vLLM.
             set_random_seed(self.model_config.seed)
             if checked and self.rank == 0 and self.model_config.architecture not in TESTED:
                 logger.warning(
