@@ -83,7 +83,8 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor, share: float) ->
     errors = differences / lengths.clamp_min(lengths[written].square().mean().sqrt())
     # One head may be wrong in all tokens, and is less than a share of all heads' vectors.
     heads = zip(errors.unbind(1), written.unbind(1), strict=True) if errors.dim() == 3 else [(errors, written)]
-    return max(_all_but(share, of_head[kept]) for of_head, kept in heads if kept.any())
+    of_heads = (of_head[kept] for of_head, kept in heads)
+    return max(_all_but(share, of_head) for of_head in of_heads if len(of_head))
 
 
 def _all_but(share: float, errors: torch.Tensor) -> float:

@@ -137,8 +137,7 @@ class SelfCheck:
         self._dtype, self._layers = model_config.dtype, model_config.get_total_num_hidden_layers()
         self._quantizes = quantizes_inputs(worker.model_runner.get_model())
         self._quantizes_cache = is_quantized_kv_cache(worker.cache_config.cache_dtype)
-        self._share = self._share_of_outliers(model_config.is_moe)
-        self._bounds_outliers = not (model_config.is_moe or self._quantizes or self._quantizes_cache)
+        self._share, self._bounds_outliers = self._outliers(model_config.is_moe)
         self._vocabulary = model_config.get_vocab_size()
         speculative = worker.vllm_config.speculative_config
         # A draft model writes that far beyond a prompt.
@@ -150,15 +149,19 @@ class SelfCheck:
         # Without chunked prefill, as some ways of pooling need it, prompts are not split here either.
         self._whole_prompts = not worker.scheduler_config.enable_chunked_prefill
 
-    def _share_of_outliers(self, is_moe: bool) -> float:
-        """That share of the vectors may differ more than others."""
-        if self._dtype == torch.float32:
-            if not (self._quantizes or self._quantizes_cache):
-                return 0.0
-        elif is_moe:
-            return MOE_SHARE
+    @property
+    def _quantizes_something(self) -> bool:
+        return self._quantizes or self._quantizes_cache
+
+    def _outliers(self, is_moe: bool) -> tuple[float, bool]:
+        """The share of the vectors that may differ more than others, and whether by no more than ``MOST_ALLOWED``."""
+        exact = self._dtype == torch.float32
+        if is_moe and not exact:
+            return MOE_SHARE, False
+        if exact and not self._quantizes_something:
+            return 0.0, True
         # At most half of one rank's tokens, so that a bug of one rank shows.
-        return min(OUTLIER_SHARE, 0.5 / self._switch.dims.sp)
+        return min(OUTLIER_SHARE, 0.5 / self._switch.dims.sp), not self._quantizes_something
 
     @torch.inference_mode()
     def run(self) -> bool:
@@ -431,20 +434,20 @@ class SelfCheck:
             layer = self._layers + layers_before
             differences.append(self._difference("hidden states", layer, reference, found, self._share))
             if self._share * self._switch.dims.sp >= 1 and len(found) == sum(lengths):
-                differences += self._of_parts(differences[-1].layer, reference, found)
+                differences += self._of_parts(layer, reference, found)
         return differences
 
     def _share_of(self, name: str) -> float:
         """That share of the vectors in an attention layer's KV cache may differ more than others."""
         # Before the first one nothing makes outliers but quantizing.
-        return self._share if _layer(name) or self._quantizes or self._quantizes_cache else 0.0
+        return self._share if _layer(name) or self._quantizes_something else 0.0
 
     def _difference(
         self, place: str, layer: int, expected: torch.Tensor, found: torch.Tensor, share: float
     ) -> Difference:
         allowed = allowed_error(self._dtype, layer, self._quantizes, self._quantizes_cache)
         most = Difference(place, layer, relative_error(expected, found, share), allowed)
-        if not self._bounds_outliers:
+        if not (share and self._bounds_outliers):
             return most
         outlier = Difference(place, layer, relative_error(expected, found, 0), MOST_ALLOWED)
         return max(most, outlier, key=lambda difference: difference.closeness)

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
+from operator import add
 from time import perf_counter
 
 import aiohttp
@@ -82,8 +83,8 @@ def parse(page: str, time: float) -> ModeSample | None:
     for family in text_string_to_metric_families("\n".join(ours) + "\n"):
         for sample in family.samples:
             key = name, _ = sample.name.removeprefix("vllm:shift_"), sample.labels.get("mode")
-            largest = max(found.get(key, sample.value), sample.value)
-            found[key] = largest if name == "threshold_tokens" else found.get(key, 0.0) + sample.value
+            combine = max if name == "threshold_tokens" else add
+            found[key] = combine(found[key], sample.value) if key in found else sample.value
     if ("steps_total", "tp") not in found:
         return None
     steps, tokens = "steps_total", "tokens_total"
