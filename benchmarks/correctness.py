@@ -13,6 +13,7 @@ TP=P for one with a threshold that no step exceeds, quantized alike.
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -90,6 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.model and args.form:
         parser.error("--form is for the random Llama only, so not together with --model")
+    # A forked rank would wait for the OpenMP threads with which the checkpoint was made.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     kwargs = engine_kwargs(args)
     if args.shared_gpu:
         import shared_gpu  # needs vLLM's CUDA build
