@@ -350,8 +350,9 @@ def everything_unsupported(name):
         device_config=SimpleNamespace(device_type="xpu"),
         model_config=SimpleNamespace(
             runner_type="pooling", is_moe=True, quantization="fp8", architecture="Olmo2ForCausalLM",
-            enable_return_routed_experts=True,
+            enable_return_routed_experts=True, enforce_eager=False,
         ),
+        observability_config=SimpleNamespace(enable_layerwise_nvtx_tracing=True),
         quant_config=SimpleNamespace(activation_scheme="dynamic", weight_block_size=None),
         additional_config={"shift_parallel": {"tensor_parallel_size": 2}},
     )  # fmt: skip

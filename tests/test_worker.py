@@ -96,6 +96,13 @@ def test_reloads_that_would_leave_old_weights_are_refused():
         ShiftWorkerMixin.reload_weights(worker(), is_checkpoint_format=False)
 
 
+@pytest.mark.parametrize("method", ["save_sharded_state", "save_tensorized_model"])
+def test_saving_weights_is_refused(method, monkeypatch):
+    monkeypatch.setattr("vllm_shift.worker.get_tp_group", lambda: SimpleNamespace(world_size=2))
+    with pytest.raises(NotImplementedError, match="stock vLLM with TP=2"):
+        getattr(ShiftWorkerMixin, method)(worker(), "folder")
+
+
 def test_the_last_rank_refuses_for_all_where_one_process_reads_their_answers():
     first = worker(quantization="fp8", rank=0)
     ShiftWorkerMixin.sleep(first, level=2)

@@ -286,6 +286,14 @@ ENGINE_LIMITS = (
         "leave the compilation mode at its default",
     ),
     Limit(
+        # vLLM puts its hooks on the model's layers once one mode is compiled.
+        "layerwise NVTX tracing of compiled models",
+        lambda config: (
+            config.observability_config.enable_layerwise_nvtx_tracing and not config.model_config.enforce_eager
+        ),
+        "set --enforce-eager, or leave out --enable-layerwise-nvtx-tracing",
+    ),
+    Limit(
         "batch invariance",
         lambda config: envs.VLLM_BATCH_INVARIANT,
         "unset VLLM_BATCH_INVARIANT: sums are rounded differently in the two modes",

@@ -339,6 +339,16 @@ class ShiftWorkerMixin(WorkerBase):
         else:
             super().sleep(level)
 
+    def save_sharded_state(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: vLLM cannot write some of the views of TP=P, and quantized layers have weights of both modes.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        self._refuse(f"Shift Parallelism saves no weights: start stock vLLM with TP={get_tp_group().world_size}")
+
+    save_tensorized_model = save_sharded_state
+
     def _refuse(self, why: str) -> None:
         """Refuse a call that all ranks refuse.
 
