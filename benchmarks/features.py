@@ -83,7 +83,7 @@ def job_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder), "checkpoints": [model, str(tiny.make_checkpoint("llama", folder / "other", seed=1))],
         "sp": 2, "tp": 1, "start_threshold": args.threshold, "thresholds": [args.threshold], "common": common,
-        "adapters": [str(tiny.make_adapter(folder, seed)) for seed in range(4)],
+        "adapters": [str(path) for path in tiny.make_adapters(folder)],
         "prompts": test_features.prompts(), "features": [{"name": name} | features[name] for name in args.names],
     }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Which models exchange q, k and v where they are made."""
 
 import pytest
+from test_gathered import Experts
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
@@ -9,6 +10,8 @@ from vllm_shift.layers import (
     SlottedColumnParallelLinear,
     SlottedQKVParallelLinear,
     SlottedRowParallelLinear,
+    check_layers,
+    stop_shifting,
     why_not_early,
 )
 
@@ -79,3 +82,19 @@ def test_nothing_else_may_take_positions():
 def test_attention_elsewhere_cannot():
     # Code of transformers calls attention layers that are no part of its modules.
     assert why_not_early(model_of(attn=nn.Identity)) == "no layer of the model has attention"
+
+
+def test_what_works_on_any_rows_is_no_hindrance():
+    # Experts are gathered and take no positions; a gate that is the same on all ranks does not shift.
+    assert why_not_early(model_of(gate=lambda: bare(SlottedColumnParallelLinear, shifts=False))) is None
+    model = model_of()
+    model.layers[0].mlp = Experts()
+    assert why_not_early(model) is None
+
+
+def test_a_refusal_counts_only_where_a_layer_shifts():
+    layer = bare(SlottedRowParallelLinear, shifts=True, refusal="reduce_results=False", whole=None)
+    with pytest.raises(NotImplementedError, match="0: reduce_results=False"):
+        check_layers(nn.Sequential(layer))
+    stop_shifting([layer])
+    check_layers(nn.Sequential(layer))

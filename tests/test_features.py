@@ -93,7 +93,7 @@ def run(
         "folder": str(folder), "sp": sp, "tp": tp, "start_threshold": 20, "thresholds": THRESHOLDS,
         "prompts": prompts(), "common": common(model),
         "checkpoints": [model, str(tiny.make_checkpoint("llama", folder / "other", seed=1))],
-        "adapters": [str(tiny.make_adapter(folder, seed, **adapter)) for seed in range(4)],
+        "adapters": [str(path) for path in tiny.make_adapters(folder, **adapter)],
         "features": [{"name": name} | feature for name, feature in features.items()],
     }  # fmt: skip
     return run_ranks("feature_main.py", world, folder, job, ports=2 * len(features))
@@ -170,7 +170,7 @@ def test_a_reload_changes_the_weights(two_ranks):
 
 
 def test_adapters_equal_transformers(two_ranks, model, tmp_path):
-    adapters = [tiny.make_adapter(tmp_path, seed) for seed in range(4)]
+    adapters = tiny.make_adapters(tmp_path)
     for first, adapter in enumerate([None, *adapters[:2]]):
         reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         if adapter is not None:

@@ -317,3 +317,37 @@ class Whole(nn.Module):
 def test_modules_that_mix_heads_are_found():
     assert [name for name, _ in gathered_modules(Whole())] == ["layers.1", "layers.3", "layers.4"]
     assert [name for name, _ in gathered_modules(NotOfHeads())] == ["mlp"]
+
+
+def test_weights_of_other_kinds_are_none_of_heads():
+    model = Plain()
+    model.o_proj = StockRow()
+    model.o_proj.weight = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+    model.o_proj.weight.weight_loader = lambda param, loaded_weight: None
+    model.norm = nn.LayerNorm((3, 2))  # the same on all ranks
+    assert list(gathered_modules(model)) == []
+
+
+def test_a_model_of_two_layers_is_no_layer():
+    model = Whole()
+    model.layers = nn.ModuleList([Plain(), Plain()])
+    assert list(gathered_modules(model)) == []
+
+
+class TakesRows(nn.Module):
+    def forward(self, positions, hidden_states):
+        assert positions.shape == (3, len(hidden_states))
+        return hidden_states * positions[2].unsqueeze(-1)
+
+
+def test_positions_of_several_dimensions():
+    module, x = TakesRows(), torch.ones(4, 1)
+    Gather(Switch(in_sp=True), module)
+    positions = torch.arange(12).view(3, 4)
+    assert module(positions.repeat_interleave(2, dim=-1), x).flatten().tolist() == [8, 9, 10, 11]
+
+
+def test_two_ranks_sum_too():
+    assert Gather(Switch(in_sp=True), experts(tp_size=2))._experts is not None
+    assert Gather(Switch(in_sp=True), experts(tp_size=1, ep_size=2))._experts is not None
+    assert Gather(Switch(in_sp=True), Mixes(2))._layer is not None

@@ -64,3 +64,14 @@ def test_layers_that_another_plugin_has_replaced_are_not_replaced_again(monkeypa
         layers.slotted_layers(SWITCH),
     ):
         pass
+
+
+def test_layers_of_each_rank_alone_have_no_slots(building):
+    for layer in (linear.ColumnParallelLinear(8, 8, disable_tp=True), linear.RowParallelLinear(8, 8, disable_tp=True)):
+        assert not layer.shifts
+        assert not hasattr(layer, "weight_slots")
+        assert layer.weight.shape == (8, 8)
+
+
+def test_a_bias_that_is_not_there_may_be_skipped(building):
+    layers.check_layers(nn.Sequential(linear.ColumnParallelLinear(8, 8, bias=False, skip_bias_add=True)))

@@ -4,10 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
 from vllm_shift.dims import ParallelDims
-from vllm_shift.lora import OwnTokens
+from vllm_shift.lora import OwnTokens, attach_adapters
 
 ADAPTERS, MOST = 4, 32
 
@@ -63,3 +66,26 @@ def test_a_step_without_adapters_is_one_on_every_rank():
     assert flag.item()
     stock.token_mapping_meta.prepare_tensors(torch.tensor([0] * 9))
     assert not flag.item()
+
+
+class Adapted(BaseLayerWithLoRA):
+    def __init__(self) -> None:
+        super().__init__()
+        self.punica_wrapper = SimpleNamespace()
+
+
+def attach(model, most):
+    scheduler = SimpleNamespace(max_num_batched_tokens=most)
+    switch = SimpleNamespace(dims=ParallelDims(3, 1, 0), own_tokens=None)
+    attach_adapters(model, switch, SimpleNamespace(lora_config=None, scheduler_config=scheduler))
+
+
+def test_adapters_of_gathered_modules_need_room_for_padding():
+    gathered = MultiHeadLatentAttentionWrapper.__new__(MultiHeadLatentAttentionWrapper)
+    nn.Module.__init__(gathered)
+    gathered.proj = Adapted()
+    model = nn.Sequential(gathered)
+    attach(model, 9)
+    with pytest.raises(NotImplementedError, match=r"0.proj: LoRA needs .* a multiple of 3, got 10"):
+        attach(model, 10)
+    attach(nn.Sequential(nn.Linear(2, 2)), 10)

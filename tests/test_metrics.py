@@ -1,11 +1,13 @@
 """What is counted of the steps, and how it reaches /metrics; a fake device says how long steps take."""
 
+import itertools
 import os
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
@@ -13,7 +15,7 @@ from vllm.v1.metrics.reader import get_metrics_snapshot
 
 from vllm_shift import metrics, stats
 from vllm_shift.stats import BUCKETS, COUNTS, StepCounter
-from vllm_shift.timing import ClockMark
+from vllm_shift.timing import ClockMark, CudaMark
 
 
 class Device:
@@ -276,3 +278,59 @@ def test_the_line_comes_only_while_steps_run(timer):
     timer[1]()
     take_steps(counter, Device(), STEPS)
     assert len(timer) == 2
+
+
+def test_the_timer_holds_nothing_up(monkeypatch):
+    made = []
+
+    class Timer:
+        daemon = False
+
+        def __init__(self, seconds, write):
+            self.events = []
+            made.append(self)
+
+        def start(self):
+            self.events.append(("start", self.daemon))
+
+        def cancel(self):
+            self.events.append("cancel")
+
+    monkeypatch.setattr(stats, "Timer", Timer)
+    counter = StepCounter(ClockMark, np.zeros(1, COUNTS))
+    counter.close()  # before any step
+    counter.start(32)
+    take_steps(counter, Device(), STEPS)
+    counter.close()
+    assert [timer.events for timer in made] == [[("start", True), "cancel"]]
+
+
+def test_without_a_record_steps_are_counted_and_no_more(timer):
+    counter = StepCounter(lambda: pytest.fail("timed"))
+    counter.start(32)
+    take_steps(counter, Device(), STEPS)
+    assert counter.totals()["tp_steps"] == 3
+    assert not timer
+
+
+def test_only_what_cannot_show_the_metrics_is_named(engine, monkeypatch, caplog_vllm):
+    metrics.publish(engine)
+    assert "will not have the metrics" not in caplog_vllm.text
+    monkeypatch.setattr(metrics, "envs", SimpleNamespace(VLLM_RUST_FRONTEND_PATH="/bin/frontend"))
+    metrics.publish(engine)
+    assert "will not have the metrics of Shift Parallelism" in caplog_vllm.text
+
+
+def test_a_gpu_counts_milliseconds(monkeypatch):
+    class Event:
+        clock = itertools.count(0, 1500)
+
+        def record(self):
+            self.at = next(self.clock)
+
+        def elapsed_time(self, end):
+            return float(end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
+    start, end = CudaMark(), CudaMark()
+    assert end.seconds_since(start) == 1.5

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_exchange import SimpleGroup, tagged
+from test_exchange import PlainPeers, SimpleGroup, tagged
+from torch import nn
 
-from vllm_shift import exchange
+from vllm_shift import exchange, layers
+from vllm_shift.dims import ParallelDims
 
 pytest.importorskip("triton")
 
@@ -290,3 +292,34 @@ def test_all_ranks_of_a_group_exchange_in_the_same_way(peers, monkeypatch, split
     assert bool(met) is (not elsewhere or elsewhere[0] is None)
     if not elsewhere:
         assert exchange._peers[group]._keeps is keeps
+
+
+def test_peers_are_found_by_the_name_of_their_group():
+    group, other, peers = (SimpleGroup(unique_name=name, world_size=2) for name in ("sp", "other", "peers"))
+    exchange.use_peers(group, peers)
+    assert exchange.peers_of(exchange.register_group(group)) is peers
+    assert exchange.peers_of(exchange.register_group(other)) is None
+
+
+def test_an_early_exchange_through_peers_is_one_with_the_product():
+    group = SimpleGroup(unique_name="sp", world_size=2)
+    exchange.use_peers(group, PlainPeers())
+    switch = SimpleNamespace(
+        dims=ParallelDims(2, 1, 0),
+        in_sp=True,
+        early=True,
+        through_peers=True,
+        group_name=exchange.register_group(group),
+    )
+    layer = layers.SlottedQKVParallelLinear.__new__(layers.SlottedQKVParallelLinear)
+    nn.Module.__init__(layer)
+    x, weight, bias = torch.randn(3, 5), torch.randn(14, 5), torch.randn(14)
+    vars(layer).update(
+        switch=switch,
+        whole=None,
+        adapters=None,
+        return_bias=False,
+        weight_slots=SimpleNamespace(whole=weight),
+        bias_slots=SimpleNamespace(whole=bias),
+    )
+    assert torch.equal(layer(x), PlainPeers().product_to_heads(x, weight, bias))

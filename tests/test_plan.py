@@ -344,3 +344,49 @@ def test_it_starts_without_vllm_and_torch_and_on_a_terminal_that_knows_ascii_onl
     command = [sys.executable, "-c", code, "plan", "--model", folder, "--gpus", "2", "--gpu", "a100"]
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     assert "Recommended" in subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+
+
+def test_all_gather_across_hosts():
+    link, network, size = 450e9 * costs.ACHIEVED.link, 50e9 * costs.ACHIEVED.link, 1e9
+    across = costs.all_gather_s(size, 16, H100)
+    assert across == pytest.approx(7 / 8 * size / link + 1 / 2 * size / 8 / network, rel=0.01)
+    assert costs.all_gather_s(size, 1, H100) == 0
+
+
+def test_what_a_step_communicates():
+    layout, hidden = Layout(4, 2), 75 * 8192 * 2
+    # Ten tokens are three rows of each of four ranks; eight query heads of 128 a rank, and one KV head.
+    assert costs.exchange_bytes(M70, layout, 10) == (12 * (1024 + 2 * 128) * 2, 12 * 1024 * 2)
+    reduced = costs.all_reduce_s(hidden, 2, 4, H100)
+    exchanged = sum(costs.all_to_all_s(size, 4, H100) for size in costs.exchange_bytes(M70, layout, 300))
+    once = reduced + costs.all_gather_s(4 * hidden, 4, H100) + costs.all_gather_s(3 * 128256 * 2, 8, H100)
+    found = costs.step_time(M70, layout, Batch(3, 100), H100).communication
+    assert found == pytest.approx(80 * (2 * reduced + exchanged) + once)
+
+
+def test_attention_is_bound_by_arithmetic_or_by_the_cache():
+    achieved, tp8 = costs.ACHIEVED, Layout(1, 8)
+    flops = 4 * 8 * 128 * 32768 * 32769 / 2
+    found = costs.step_time(M70, tp8, Batch(1, 32768), H100).attention
+    assert found == pytest.approx(80 * (2 * achieved.kernel_s + flops / (989e12 * achieved.attention_flops)))
+    read = 64 * 8193 * 2 * 128 * 2
+    found = costs.step_time(M70, tp8, Batch(64, 1, 8192), H100).attention
+    assert found == pytest.approx(80 * (2 * achieved.kernel_s + read / (3350e9 * achieved.weight_bandwidth)))
+
+
+def test_elementwise_work():
+    # Ten tokens are three rows of each of four ranks, twelve folded.
+    achieved, bandwidth = costs.ACHIEVED, 3350e9 * costs.ACHIEVED.elementwise_bandwidth
+
+    def expected(kernels, elements):
+        return pytest.approx(80 * (kernels * achieved.kernel_s + 2 * elements / bandwidth))
+
+    def found(layout, cluster=H100):
+        return costs.step_time(M70, layout, Batch(1, 10), cluster).elementwise
+
+    a_row = 2 * (1024 + 256) + 4 * 128 + 3 * 3584
+    assert found(Layout(1, 8)) == expected(5, 10 * (8 * 8192 + a_row))
+    copied = 3 * 8 * 8192 + 12 * (a_row + 2 * 1024)
+    assert found(Layout(4, 2)) == expected(6, copied)
+    # Over NCCL, what goes out is packed, too.
+    assert found(Layout(4, 2), Cluster(costs.GPUS["h100"], node_size=2)) == expected(7, copied + 12 * 2 * 1280)

@@ -5,27 +5,21 @@ import dataclasses
 import itertools
 import os
 import pickle
-import re
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
-from typing import get_args
 
 import pytest
 import support_table
 import tiny
 import vllm
 from rank_group import CASES, Group
-from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.model_executor import custom_op
-from vllm.model_executor.layers.quantization import QuantizationMethods
-from vllm.model_executor.model_loader import LoadFormats
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_shift
@@ -321,135 +315,6 @@ def test_more_ranks_than_gpus_is_refused(monkeypatch):
     translate._check_devices(8, SimpleNamespace(distributed_executor_backend="ray", nnodes=1))
 
 
-def everything_unsupported(name):
-    """A config whose every attribute asks for something; ``name`` says for which table."""
-    model = SimpleNamespace(
-        is_multimodal_model=True, multimodal_config=SimpleNamespace(language_model_only=False),
-        is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
-        using_transformers_backend=lambda: True, quantization="gguf", model_impl="terratorch", is_moe=True,
-        hf_text_config=SimpleNamespace(rope_parameters={"full_attention": {"rope_type": "longrope"}}),
-        architecture="Qwen3NextForCausalLM",
-    )  # fmt: skip
-    speculative = SimpleNamespace(method="medusa", uses_dynamic_speculative_decoding=lambda: True)
-    sizes = ("pipeline", "data", "prefill_context", "decode_context")
-    engine = SimpleNamespace(
-        parallel_config=SimpleNamespace(
-            **{f"{size}_parallel_size": 2 for size in sizes}, enable_eplb=True, use_ubatching=True,
-            distributed_executor_backend="uni", nnodes=2,
-        ),
-        compilation_config=SimpleNamespace(
-            pass_config=SimpleNamespace(enable_sp=True), mode=1, dynamic_shapes_config=SimpleNamespace(type="unbacked")
-        ),
-        lora_config=SimpleNamespace(fully_sharded_loras=True), speculative_config=speculative,
-        weight_transfer_config=SimpleNamespace(backend="sparse_nccl"),
-        cache_config=SimpleNamespace(
-            cache_dtype="fp8_e5m2", calculate_kv_scales=True, kv_sharing_fast_prefill=True
-        ),
-        offload_config=SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=4), prefetch=None),
-        load_config=SimpleNamespace(load_format="gguf"),
-        device_config=SimpleNamespace(device_type="xpu"),
-        model_config=SimpleNamespace(
-            runner_type="pooling", is_moe=True, quantization="fp8", architecture="Olmo2ForCausalLM",
-            enable_return_routed_experts=True, enforce_eager=False,
-        ),
-        observability_config=SimpleNamespace(enable_layerwise_nvtx_tracing=True),
-        quant_config=SimpleNamespace(activation_scheme="dynamic", weight_block_size=None),
-        additional_config={"shift_parallel": {"tensor_parallel_size": 2}},
-    )  # fmt: skip
-    return {"model": model, "engine": engine}[name]
-
-
-def test_what_was_tried_on_the_cpu_only_is_refused_on_cuda():
-    config = everything_unsupported("engine")
-    tried = [limit for limit in limits.ENGINE_LIMITS if limit.name.endswith("on CUDA")]
-    assert len(tried) == 1
-    for limit in tried:
-        config.device_config.device_type = "cuda"
-        assert limit.found(config)
-        config.device_config.device_type = "cpu"
-        assert not limit.found(config)
-
-
-@pytest.mark.parametrize(("version", "refused"), [("0", True), ("1", False)])
-def test_rays_older_executor_is_refused(version, refused, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", version)
-    config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend="ray"))
-    table = tuple(limit for limit in limits.ENGINE_LIMITS if limit.name.startswith("executors other than"))
-    with pytest.raises(ValueError, match="ray with VLLM_USE_RAY_V2") if refused else nullcontext():
-        limits.check(table, config)
-
-
-@pytest.mark.parametrize(
-    ("table", "name"),
-    [(limits.MODEL_LIMITS, "model"), (limits.UNCHECKED_LIMITS, "model"), (limits.ENGINE_LIMITS, "engine")],
-    ids=["model", "unchecked", "engine"],
-)
-def test_every_row_of_the_table_refuses(table, name, monkeypatch):
-    for variable in (
-        "BATCH_INVARIANT", "LORA_ENABLE_DUAL_STREAM", "TUNED_CONFIG_FOLDER", "MOE_SKIP_PADDING", "USE_NCCL_SYMM_MEM",
-        "ALLREDUCE_USE_FLASHINFER", "USE_BREAKABLE_CUDAGRAPH",
-    ):  # fmt: skip
-        monkeypatch.setenv(f"VLLM_{variable}", "1")
-    config = everything_unsupported(name)
-    for limit in table:
-        if name == "engine":
-            config.device_config.device_type = "cuda" if limit.name.endswith("on CUDA") else "xpu"
-        with pytest.raises(ValueError, match=re.escape(limit.name)) as error:
-            limits.check((limit,), config)
-        assert limit.instead in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("quantization", "method", "refused"),
-    [
-        ({"activation_scheme": "dynamic", "weight_block_size": None}, "fp8", True),
-        ({"activation_scheme": "static", "weight_block_size": None}, "fp8", False),
-        ({"activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "fp8", False),
-        ({}, "fp8_per_tensor", True),
-        ({}, "compressed-tensors", False),
-    ],
-)
-def test_experts_with_one_scale_for_all_tokens_are_refused(quantization, method, refused):
-    config = everything_unsupported("engine")
-    config.quant_config, config.model_config.quantization = SimpleNamespace(**quantization), method
-    for config.model_config.is_moe in (True, False):
-        found = [limit.name for limit in limits.ENGINE_LIMITS if limit.found(config)]
-        assert any("one FP8 scale" in name for name in found) == (refused and config.model_config.is_moe)
-
-
-def test_an_all_reduce_that_knows_one_group_only_is_refused_where_there_is_a_second(monkeypatch):
-    monkeypatch.setenv("VLLM_ALLREDUCE_USE_FLASHINFER", "1")
-    config = everything_unsupported("engine")
-    for degree in (1, 2):
-        config.additional_config["shift_parallel"]["tensor_parallel_size"] = degree
-        found = [limit.name for limit in limits.ENGINE_LIMITS if limit.found(config)]
-        assert ("FlashInfer's all-reduce with a tensor parallel size above 1" in found) == (degree == 2)
-
-
-def test_everything_that_is_refused_is_named_at_once():
-    config = everything_unsupported("engine")
-    with pytest.raises(ValueError, match="nor ") as error:
-        limits.check(limits.ENGINE_LIMITS, config)
-    named = [limit for limit in limits.ENGINE_LIMITS if limit.name in str(error.value)]
-    assert named == [limit for limit in limits.ENGINE_LIMITS if limit.found(config)]
-    assert len(named) > 10
-
-
-def test_the_page_repeats_the_table():
-    lists = SUPPORT.split("\nOf the model:\n")[1].split("\n## ")[0]
-    # Refused before there is a config to look at.
-    listed = set(re.findall("^- (.*)$", lists, re.MULTILINE)) - {
-        "a server for each data-parallel replica from one command (`--data-parallel-multi-port-external-lb`)"
-    }
-    assert listed == {limit.name for limit in (*limits.MODEL_LIMITS, *limits.UNCHECKED_LIMITS, *limits.ENGINE_LIMITS)}
-
-
-def test_the_page_has_the_support_table_of_the_tests():
-    assert support_table.replaced(SUPPORT) == SUPPORT
-    tested = {support_table.architecture(case.name) for case in CASES}
-    assert tested == set(limits.ARCHITECTURES + limits.ARCHITECTURES_OF_TRANSFORMERS)
-
-
 @pytest.mark.parametrize("nightly", [False, True])
 def test_groups_start_the_engines_of_the_cases_only(monkeypatch, tmp_path, nightly):
     # One that is refused ends its rank, and with it all that the group has run.
@@ -530,12 +395,6 @@ def test_all_engines_and_stages_need_places(llama, monkeypatch):
     assert asked == [12, 4]
 
 
-def test_what_is_allowed_is_known_to_vllm():
-    assert set(limits.CACHE_DTYPES) <= set(get_args(CacheDType))
-    assert set(limits.LOAD_FORMATS) <= set(get_args(LoadFormats))
-    assert set(limits.QUANTIZATIONS) <= set(get_args(QuantizationMethods))
-
-
 @pytest.mark.parametrize("threshold", [0, 1, 100, 256, 500, 512, 700, 10_000])
 def test_no_graph_size_pads_a_batch_into_the_other_mode(threshold):
     sizes = graph_sizes(STOCK_SIZES, threshold, extend_to=8192)
@@ -561,3 +420,48 @@ def test_graph_sizes_respect_the_user_and_the_token_budget():
     assert graph_sizes([], 256, 8192) == []
     assert graph_sizes([1, 8], 256, 0) == [1, 8]
     assert graph_sizes([1, 512], 100, 1024)[-1] == 1024
+
+
+def test_other_keys_of_additional_config_stay(llama):
+    assert create(llama, additional_config={"other": 1}, **SHIFT).additional_config["other"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "publishes"),
+    [
+        ({}, True),
+        ({"disable_log_stats": True}, False),
+        ({"_api_process_count": 2, "_api_process_rank": 1}, False),
+        ({"_api_process_count": 2, "_api_process_rank": -1}, True),
+    ],
+)
+def test_the_process_that_has_the_engines_publishes(llama, monkeypatch, given, publishes):
+    published = []
+    monkeypatch.setattr(translate, "publish", published.append)
+    config = create(llama, **SHIFT, **given)
+    assert published == ([config] if publishes else [])
+
+
+def test_as_many_ranks_as_numa_nodes_are_taken(monkeypatch):
+    monkeypatch.setattr("vllm.utils.cpu_resource_utils.get_visible_memory_node", lambda: [0, 1])
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    monkeypatch.delenv("VLLM_CPU_SIM_MULTI_NUMA", raising=False)
+    one_host = SimpleNamespace(distributed_executor_backend=None, nnodes=1)
+    translate._check_devices(2, one_host)
+    with pytest.raises(ValueError, match="3 ranks, but vLLM binds each to a NUMA node and there are 2"):
+        translate._check_devices(3, one_host)
+    monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")
+    translate._check_devices(3, one_host)
+
+
+def test_the_owner_is_named(llama, monkeypatch):
+    named = []
+    monkeypatch.setattr(translate, "name_owner", lambda: named.append(1))
+    create(llama, **SHIFT)
+    assert named == [1]
+
+
+def test_graph_sizes_that_are_no_multiples_gain_none_in_between():
+    # As vLLM rounds sizes with five draft tokens a request.
+    stock = [6, 12, 252, 258, 510]
+    assert graph_sizes(stock, 0, 1024)[:5] == stock

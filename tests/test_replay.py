@@ -661,3 +661,140 @@ main(sys.argv[1:])
     assert found.returncode == 2
     assert "matplotlib is not installed; try: pip install 'vllm-shift[replay]'" in found.stderr
     assert json.loads((tmp_path / "r.json").read_text())["summary"]["failed"] == 1
+
+
+def test_throughput_counts_from_the_first_request(report):
+    for request in report["requests"]:
+        for name in ("due", "sent", "first", "last", "ended"):
+            if request[name] is not None:
+                request[name] += 100
+    summary = reports.summarize(report)
+    assert summary["requests_per_s"] == pytest.approx(4 / 9)
+    assert summary["latencies"]["completion"]["max"] == 7
+
+
+def test_an_answer_of_two_tokens_has_a_tpot(report):
+    report["requests"] = [outcome(0.0, 0.0, 1.0, 3.0, prompt=100, output=2)]
+    assert reports.latencies(report, "tpot").tolist() == [2.0]
+
+
+def test_a_clean_report_has_nothing_to_doubt(report):
+    report["requests"] = report["requests"][:3]
+    report["planned"], report["interrupted"], report["mode_problems"] = 3, False, {}
+    report["mode_samples"] = [sample(0.1, 5, 1), sample(1.0, 5, 1), sample(9.9, 25, 4)]  # idle in between
+    report["summary"] = reports.summarize(report)
+    assert reports.warnings(report) == []
+
+
+@pytest.mark.parametrize("blocks", ["null", "5", '"ab"', '""', "{}", "[-1]", "[1.0]"])
+def test_blocks_are_a_list_of_ids(tmp_path, blocks):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(f'{{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": {blocks}}}')
+    with pytest.raises(TraceError, match="hash_ids must be a list of whole numbers"):
+        read_trace(path)
+
+
+def test_the_first_block_is_0(tmp_path):
+    path = tmp_path / "trace"
+    path.write_text('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [0, 1]}')
+    assert read_trace(path)[1][0].blocks == (0, 1)
+
+
+def test_times_without_a_zone_have_no_summer(tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        path = tmp_path / "trace.csv"
+        path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-03-31 01:30:00,5,5\n2024-03-31 03:30:00,5,5\n")
+        first, second = read_trace(path)[1]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert second.arrival - first.arrival == 7200
+
+
+def test_samples_have_the_time_of_the_replay(server):
+    found = run(server, [TraceRequest(0.02 * number, 5, 1) for number in range(10)])
+    times = [each.time for each in found.samples]
+    assert times == sorted(times)
+    assert 0 < times[0] <= times[-1] <= found.seconds + 1
+
+
+def test_a_page_that_fails_is_named(server):
+    server.damage = lambda text: 1 / 0
+    found = run(server, [TraceRequest(0, 1, 1)])
+    (problem,) = found.sample_problems
+    assert "ClientResponseError 500" in problem
+
+
+def test_other_metrics_are_left_alone():
+    page = FakeServer()
+    text = asyncio.run(page.page(None)).text
+    odd = 'other_metric{ broken\nvllm:other_total{mode="tp"} 5\nvllm:shift_x_bucket{le="oops} 1\n'
+    assert parse(odd + text, 1.0) == parse(text, 1.0)
+
+
+def test_one_sample_is_no_difference(report):
+    report["mode_samples"] = [sample(0.1, 5, 1)]
+    assert reports.summarize(report)["modes"] is None
+
+
+def test_problems_are_counted():
+    import aiohttp
+
+    from vllm_shift_cli.replay.modes import ModeSampler
+
+    async def two():
+        async with aiohttp.ClientSession() as http:
+            sampler = ModeSampler(http, "http://127.0.0.1:9", 1.0)
+            await sampler.sample(0.0)
+            await sampler.sample(0.0)
+        return sampler.problems
+
+    assert list(asyncio.run(two()).values()) == [2]
+
+
+def test_a_restart_is_seen_in_either_mode(report):
+    report["mode_samples"] = [sample(0.1, 5, 20), sample(5.0, 6, 1)]
+    report["summary"] = reports.summarize(report)
+    assert "it has restarted" in "\n".join(reports.warnings(report))
+
+
+def test_the_most_frequent_failure_comes_first(report):
+    for request, error in zip(report["requests"][-3:], ("HTTP 500", "stalled", "stalled"), strict=True):
+        request["error"] = error
+    assert reports.summarize(report)["failures"] == [
+        {"reason": "stalled", "count": 2},
+        {"reason": "HTTP 500", "count": 1},
+    ]
+
+
+def test_the_summary_is_that_of_the_requests(report, tmp_path):
+    reports.save(report | {"summary": {}}, tmp_path / "report.json")
+    assert reports.load(tmp_path / "report.json")["summary"] == report["summary"]
+
+
+def test_bytes_that_are_no_text_are_a_bad_line_and_a_mark_at_the_begin_is_none(tmp_path):
+    path = tmp_path / "trace"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b'{"arrival_s": \xff}\n')
+    with pytest.raises(TraceError, match="1 bad line; nothing has been sent\n  line 2: not JSON"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "cannot read"), ("nonsense", "is not JSON"), ("[]", "its format is None, not")]
+)
+def test_what_is_no_report_is_named(tmp_path, text, message):
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(CommandError, match=message):
+        reports.load(path)
+
+
+def test_odd_counts_are_damage_and_folders_no_traces(report, tmp_path):
+    reports.save(report | {"mode_problems": {"x": "1"}}, tmp_path / "x.json")
+    with pytest.raises(CommandError, match="is a damaged report"):
+        reports.load(tmp_path / "x.json")
+    with pytest.raises(CommandError, match="cannot write"):
+        write_trace(tmp_path, [TraceRequest(0.0, 1, 1)])

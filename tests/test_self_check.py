@@ -9,7 +9,7 @@ from mutations import MUTATIONS
 from rank_group import self_checks
 from test_exchange import SimpleGroup
 
-from vllm_shift import self_check
+from vllm_shift import rounding, self_check
 from vllm_shift.dims import ParallelDims
 from vllm_shift.rounding import allowed_error, relative_error
 from vllm_shift.self_check import Difference, SelfCheck, prompt_lengths
@@ -125,6 +125,7 @@ def test_a_share_that_may_differ_does_not_hide_a_rank(rank):
     assert failures(of_rank)
     assert failures((of_rank + 86) % 257)
     assert not failures(torch.randperm(257, generator=torch.Generator().manual_seed(rank))[:60])
+    assert failures(torch.randperm(257, generator=torch.Generator().manual_seed(rank))[:90])
 
 
 @pytest.mark.parametrize(("sp", "may_differ"), [(2, 6), (8, 4)])
@@ -211,3 +212,35 @@ def test_bugs_are_refused_on_every_rank_by_their_layer(groups, name, dtype):
     (message,) = refusals
     assert f"model.{layer}" in message
     assert "is the first to differ" in message
+
+
+def test_quantization_allows_more_by_layer():
+    plain = [allowed_error(torch.float32, layer) for layer in (0, 3, 4)]
+    assert plain == pytest.approx([1e-4, 4e-4, 5e-4])
+    inputs = [allowed_error(torch.float32, layer, quantizes=True) for layer in (0, 4, 1000)]
+    assert inputs == pytest.approx([1e-4, 0.3, 0.5])
+    assert allowed_error(torch.bfloat16, 0, quantizes=True) == allowed_error(torch.bfloat16, 0)
+    cache = [allowed_error(torch.float32, layer, quantizes_cache=True) for layer in (0, 3, 1000)]
+    assert cache == pytest.approx([1e-4 + 0.0625, 4e-4 + 0.125, 0.5])
+
+
+def test_gpus_multiply_float32_in_tf32(monkeypatch):
+    monkeypatch.setattr(rounding, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    assert allowed_error(torch.float32, 0) == 2 * 2**-10
+    assert allowed_error(torch.bfloat16, 0) == 2 * 2**-7
+
+
+def test_one_wrong_head_is_not_a_share_of_all():
+    cache = torch.randn(3, 20, 16, 32, generator=torch.Generator().manual_seed(0))
+    of_a_head = cache.clone()
+    of_a_head[:, 5] *= 1.5  # 5 % of all vectors
+    assert relative_error(cache, of_a_head, 0.1) == pytest.approx(0.5, abs=0.1)
+
+
+def test_short_vectors_count():
+    short = torch.full((4, 2), 0.1)
+    assert relative_error(short, short, 0) == 0
+    # Written in one of them only.
+    expected, found = torch.ones(8, 2), torch.ones(8, 2)
+    expected[0], found[0] = 0, 0.5
+    assert relative_error(expected, found, 0) == pytest.approx(0.53, abs=0.01)

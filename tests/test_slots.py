@@ -112,3 +112,18 @@ def test_after_the_release_an_old_loader_is_the_stock_one():
     gc.collect()
     loader(layer.weight, whole)
     assert torch.equal(layer.weight, whole[3:])
+
+
+def test_slots_have_the_type_of_the_parameter():
+    layer = Layer((3, 4), 0, 1)
+    layer.weight.data = layer.weight.data.bfloat16()
+    slots = Slots(layer.weight, 0, ParallelDims(2, 1, 1), layer.impersonate)
+    assert slots.whole.dtype == layer.weight.dtype == torch.bfloat16
+
+
+def test_a_reload_that_counts_reaches_the_stock_loader():
+    layer, counted = Layer((3, 4), 0, 1), []
+    layer.weight.weight_loader = lambda param, loaded_weight: counted.append(param.is_meta)
+    Slots(layer.weight, 0, ParallelDims(2, 1, 1), layer.impersonate)
+    layer.weight.weight_loader(nn.Parameter(torch.empty(3, 4, device="meta"), requires_grad=False), torch.zeros(6, 4))
+    assert counted == [True]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_exchange import SimpleGroup
 from torch import nn
 from vllm.config import CompilationMode
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
@@ -16,7 +17,7 @@ from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
 from vllm_shift import switch as switch_module
 from vllm_shift.dims import ParallelDims
-from vllm_shift.switch import ModeSwitch
+from vllm_shift.switch import ModeSwitch, learns_positions
 
 VLLM_CONFIG = SimpleNamespace(
     compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
@@ -320,3 +321,68 @@ def test_a_model_that_needs_reduce_scatters_does_not_start_without_them(monkeypa
     sp_group = SimpleNamespace(device_communicator=SimpleNamespace(pynccl_comm=SimpleNamespace(disabled=True)))
     with pytest.raises(NotImplementedError, match=r"Model has layers.*unset VLLM_DISABLE_PYNCCL"):
         ModeSwitch(ParallelDims(2, 1, 0), 8, sp_group, None).attach(Model(), VLLM_CONFIG)
+
+
+class Rotary(nn.Module):
+    pass
+
+
+def test_a_table_beside_a_rotation_is_none_of_positions():
+    assert learns_positions(nn.Sequential(nn.Embedding(2, 2)))
+    assert not learns_positions(nn.Sequential(Rotary(), nn.Embedding(2, 2)))
+    assert not learns_positions(nn.Sequential(nn.Linear(2, 2)))
+
+
+class Attends(Model):
+    def __init__(self):
+        super().__init__()
+        self.attention.forward = lambda q, k, v: q
+        vars(self.attention).update(num_heads=1, num_kv_heads=1, head_size=2, head_size_v=2)
+
+    def forward(self, input_ids, positions):
+        rows = len(positions)
+        return self.attention(torch.zeros(rows, 2), torch.zeros(rows, 2), torch.zeros(rows, 2))[: len(input_ids)]
+
+
+def test_attention_exchanges_in_sp_mode_only(make, monkeypatch):
+    events = []
+    monkeypatch.setattr(switch_module, "tokens_to_heads", lambda q, k, v, *args: events.append("in") or (q, k, v))
+    monkeypatch.setattr(switch_module, "heads_to_tokens", lambda x, *args: events.append(len(x)) or x)
+    switch, _ = make(2, 0, 4)
+    switch.attach(model := Attends(), VLLM_CONFIG)
+    step(model, 4)
+    assert events == []
+    step(model, 5)
+    assert events == ["in", 6]
+
+
+def test_a_compiled_sp_mode_keeps_its_padding(make, twins, monkeypatch):
+    rows = []
+    monkeypatch.setattr(switch_module, "tokens_to_heads", lambda q, k, v, *args: (q, k, v))
+    monkeypatch.setattr(switch_module, "heads_to_tokens", lambda x, *args: rows.append(len(x)) or x)
+    switch, _ = make(2, 0, 4)
+    switch.attach(model := Attends(), VLLM_CONFIG)
+    model.attention.forward = lambda q, k, v: rows.append(len(q)) or q
+    step(model, 5)
+    assert rows == [6, 6]
+
+
+def test_attention_inside_a_gathered_module_exchanges_nothing(make, monkeypatch):
+    peers = SimpleNamespace(connect=lambda *args: pytest.fail("nothing to exchange"))
+    monkeypatch.setitem(sys.modules, "vllm_shift.peers", peers)
+    monkeypatch.setattr(switch_module, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    switch, _ = ModeSwitch(ParallelDims(2, 1, 0), 0, SimpleGroup(unique_name="sp"), None), None
+    switch.sp_group.device_communicator = SimpleNamespace(pynccl_comm=SimpleNamespace(disabled=False))
+    model = GathersOnly()
+    model.mla.attn = FakeAttention()
+    switch.attach(model, VLLM_CONFIG)
+    assert switch.attention_layers == []
+    assert not switch.through_peers
+
+
+def test_the_twins_are_told_their_tp_group(make, monkeypatch):
+    told = []
+    monkeypatch.setattr(switch_module, "CompiledTwins", lambda model, config, peers, tp_group: told.append(tp_group))
+    for group in (None, SimpleNamespace(unique_name="tp:1")):
+        ModeSwitch(ParallelDims(2, 2, 0), 8, SimpleGroup(unique_name="sp"), group).attach(Model(), VLLM_CONFIG)
+    assert told == ["", "tp:1"]

@@ -204,3 +204,32 @@ def test_a_threshold_is_a_graph_size_up_to_the_last_of_them():
         0, 0, 6, 252, 258, 510, 511, 9000,
     ]  # fmt: skip
     assert fit_to_graphs(256, []) == 256
+
+
+def test_the_crossing_is_where_the_lines_meet():
+    steps = [StepTimes(1, 1, 4), StepTimes(16, 1, 2), StepTimes(64, 2, 1), StepTimes(256, 4, 1)]
+    assert find_threshold(steps, MOST, []) == 32
+    # Equally fast from 16 tokens on: the first of them.
+    assert find_threshold([StepTimes(1, 1, 2), StepTimes(16, 1, 1), StepTimes(256, 1, 1)], 256, []) == 16
+
+
+def test_equally_fast_modes_leave_steps_to_sp_mode():
+    assert find_threshold([StepTimes(1, 1, 1), StepTimes(16, 1, 1)], MOST, []) == 0
+
+
+def test_the_first_two_may_be_out_of_order():
+    steps = [StepTimes(1, 1, 0.9), StepTimes(16, 1, 2), StepTimes(256, 1, 0.5)]
+    assert 16 < find_threshold(steps, MOST, []) < 256
+
+
+def test_a_second_engine_is_kept_beside_the_first(vllm_config):
+    TimesCache(vllm_config(), NCCL).save(times(300))
+    TimesCache(vllm_config("b"), NCCL).save(times(700))
+    assert TimesCache(vllm_config(), NCCL).load() == times(300)
+    assert TimesCache(vllm_config("b"), NCCL).load() == times(700)
+
+
+def test_a_cache_without_times_is_measured_again(vllm_config, tmp_path):
+    cache = TimesCache(vllm_config(), NCCL)
+    cache.save([])
+    assert cache.load() is None

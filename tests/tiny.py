@@ -185,8 +185,20 @@ def image(number: int) -> Image:
     return fromarray(torch.randint(0, 256, (84, 84, 3), generator=generator, dtype=torch.uint8).numpy())
 
 
-def make_adapter(folder: Path, seed: int, kv_heads: int = SHAPE["num_key_value_heads"], embedding: bool = True) -> Path:
-    """Write a random LoRA adapter for every linear layer of these models and the embedding, in the layout of peft."""
+def make_adapters(folder: Path, **options: Any) -> list[Path]:
+    """Write four adapters. The last two leave out what the first two have, and take their places in turn."""
+    kinds: list[dict[str, Any]] = [{}, {}, *[{"only": ("q_proj", "v_proj"), "embedding": False}] * 2]
+    return [make_adapter(folder, seed, **options | kind) for seed, kind in enumerate(kinds)]
+
+
+def make_adapter(
+    folder: Path,
+    seed: int,
+    kv_heads: int = SHAPE["num_key_value_heads"],
+    embedding: bool = True,
+    only: tuple[str, ...] = (),
+) -> Path:
+    """Write a random LoRA adapter in the layout of peft, for every linear layer or those named, and the embedding."""
     generator = torch.Generator().manual_seed(seed)
     hidden, q_size = SHAPE["hidden_size"], SHAPE["num_attention_heads"] * SHAPE["head_dim"]
     kv_size, inner = kv_heads * SHAPE["head_dim"], SHAPE["intermediate_size"]
@@ -195,6 +207,8 @@ def make_adapter(folder: Path, seed: int, kv_heads: int = SHAPE["num_key_value_h
         "self_attn.v_proj": (kv_size, hidden), "self_attn.o_proj": (hidden, q_size),
         "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
     }  # fmt: skip
+    if only:
+        shapes = {name: shape for name, shape in shapes.items() if name.endswith(only)}
     rank = 8
     weights = {}
     for layer in range(SHAPE["num_hidden_layers"]):

@@ -75,9 +75,8 @@ def _needs_all_tokens(module: nn.Module) -> bool:
         return False
     if any(isinstance(child, Attention) for child in module.children()) and _has_weights_of_heads(module):
         return True
-    methods = [method for _, method in inspect.getmembers(type(module), inspect.isfunction)]
-    own = [method for method in methods if not method.__module__.startswith("torch.")]
-    return any(_COLLECTIVES & set(method.__code__.co_names) for method in own)
+    methods = inspect.getmembers(type(module), inspect.isfunction)
+    return any(_COLLECTIVES & set(method.__code__.co_names) for _, method in methods)
 
 
 def _has_weights_of_heads(module: nn.Module) -> bool:

@@ -166,7 +166,7 @@ MODEL_LIMITS = (
     ),
     Limit(
         "quantization methods other than FP8, compressed-tensors, AWQ and GPTQ",
-        lambda model: model.quantization and _not_in(model.quantization, QUANTIZATIONS),
+        lambda model: _not_in(model.quantization, QUANTIZATIONS),
         f"use one of {', '.join(QUANTIZATIONS)}, or an unquantized checkpoint",
     ),
     Limit(

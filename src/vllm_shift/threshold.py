@@ -38,7 +38,7 @@ class StepTimes:
 
 def candidates(most: int) -> list[int]:
     """Numbers of tokens to try: 1, powers of two from 16, and ``most``, the largest step of the engine."""
-    powers = [2**power for power in range(4, most.bit_length()) if 2**power < most]
+    powers = [2**power for power in range(4, most.bit_length())]
     return sorted({1, *powers, most})
 
 
