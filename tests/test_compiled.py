@@ -1,12 +1,14 @@
-"""The config that SP mode's traces are compiled with."""
+"""The twins of compiled modules, and the config that they are compiled with."""
 
 from types import SimpleNamespace
 
 import pytest
-from vllm.config import CompilationConfig, PassConfig
+from torch import nn
+from vllm.config import CompilationConfig, CompilationMode, PassConfig, get_current_vllm_config
 from vllm.platforms import current_platform
 
-from vllm_shift.compiled import config_of_twin
+from vllm_shift import compiled
+from vllm_shift.compiled import CompiledTwins, config_of_twin
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.overlap import OverlapPass
 
@@ -58,3 +60,54 @@ def test_a_pass_of_the_users_own_stays(caplog_vllm):
         assert passes in ({}, {key: theirs})
     assert isinstance(found[0], OverlapPass)
     assert found[1] is theirs
+
+
+class Wrapper:
+    """As vLLM's, which traces with the config that is current when it is initialized."""
+
+    def __init__(self, prefix, is_encoder):
+        self._compile_prefix, self._is_encoder = prefix, is_encoder
+        self.traced_with = get_current_vllm_config()
+
+
+class Compiled(nn.Module, Wrapper):
+    def __init__(self, prefix="", is_encoder=False, do_not_compile=False):
+        super().__init__()
+        self._compile_prefix, self._is_encoder, self.do_not_compile = prefix, is_encoder, do_not_compile
+        self.weight = nn.Parameter(nn.Linear(2, 2).weight.detach())
+
+
+@pytest.fixture
+def wrapped(monkeypatch):
+    monkeypatch.setattr(compiled, "TorchCompileWithNoGuardsWrapper", Wrapper)
+    model = nn.Module()
+    model.language = nn.Sequential(Compiled("layers"), Compiled(do_not_compile=True), nn.Linear(2, 2))
+    model.vision = Compiled("vision", is_encoder=True)
+    return model
+
+
+def test_each_compiled_module_of_the_language_model_has_a_twin(wrapped):
+    config = config_with(CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cache_dir="cache"))
+    stock = list(wrapped.modules())
+    twins = CompiledTwins(wrapped, config, through_peers=False, tp_group="")
+    assert twins
+    twins.swap_in()
+    twin = wrapped.language[0]
+    assert [a for a, b in zip(stock, wrapped.modules(), strict=True) if a is not b] == [stock[2]]
+    assert twin.weight is stock[2].weight
+    assert twin._compile_prefix == "layers"
+    assert twin.traced_with is twin.vllm_config is not config
+    assert twin.compilation_config.cache_dir != "cache"
+    twins.swap_out()
+    assert all(a is b for a, b in zip(stock, wrapped.modules(), strict=True))
+
+
+def test_without_vllms_compilation_there_are_no_twins(wrapped):
+    config = config_with(CompilationConfig(mode=CompilationMode.NONE))
+    assert not CompiledTwins(wrapped, config, through_peers=False, tp_group="")
+
+
+def test_a_model_that_is_compiled_as_a_whole_is_refused(wrapped):
+    config = config_with(CompilationConfig(mode=CompilationMode.VLLM_COMPILE))
+    with pytest.raises(NotImplementedError, match="Compiled is compiled as a whole"):
+        CompiledTwins(Compiled(), config, through_peers=False, tp_group="")

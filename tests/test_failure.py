@@ -27,6 +27,11 @@ def test_a_failed_step_names_mode_and_layer():
         "RuntimeError: connection closed by peer"
     )
     assert "failed: ValueError: x" in describe_failure(ValueError("x"), "A step")
+    assert "in TP mode of 32 tokens" in describe_step(num_tokens=32, max_tp_tokens=32)
+    # The name of the layer around it, where the innermost one has none.
+    with pytest.raises(RuntimeError) as raised:
+        Layer("model", Layer(""))()
+    assert "failed in model: " in describe_failure(raised.value, "A step")
 
 
 class AllReduce(CustomAllreduce):

@@ -233,3 +233,66 @@ def test_a_cache_without_times_is_measured_again(vllm_config, tmp_path):
     cache = TimesCache(vllm_config(), NCCL)
     cache.save([])
     assert cache.load() is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "largest", "graphed"),
+    [("PIECEWISE", 16, True), ("PIECEWISE", 15, False), ("PIECEWISE", None, False), ("NONE", 16, False)],
+)
+def test_steps_are_timed_as_they_will_run(mode, largest, graphed):
+    compilation = SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], max_cudagraph_capture_size=largest)
+    assert calibrate._is_graphed(16, SimpleNamespace(compilation_config=compilation)) is graphed
+
+
+def test_a_time_is_the_median_after_a_first_run(monkeypatch):
+    clock, runs = iter([0, 3, 10, 11, 20, 22, 30, 32, 40, 49]), []
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock))
+    waited = SimpleNamespace(synchronize=lambda: runs.append("wait"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: waited)
+    assert calibrate._time(lambda: runs.append("run"), "cpu") == 2000
+    assert runs == ["run", *["wait", "run", "wait"] * 5]
+
+
+def test_rank_0_decides_for_all_and_keeps_what_was_measured(vllm_config, monkeypatch):
+    config, measured, messages = vllm_config(), [], []
+    config.compilation_config.cudagraph_capture_sizes = SIZES
+    switch = SimpleNamespace(through_peers=False, early=False)
+
+    def group(rank):
+        def broadcast(value, src):
+            if rank == src:
+                messages.append(value)
+            return value if rank == src else messages.pop(0)
+
+        return SimpleNamespace(rank_in_group=rank, broadcast_object=broadcast)
+
+    def on_rank(rank):
+        monkeypatch.setattr(calibrate, "get_world_group", lambda: group(rank))
+        return calibrate.calibrate(None, switch, config)
+
+    def time_step(tokens, *_):
+        measured.append(tokens)
+        return StepTimes(tokens, tp_ms=1.0, sp_ms=300 / tokens)
+
+    monkeypatch.setattr(calibrate, "_time_step", time_step)
+    monkeypatch.setattr(calibrate, "_slowest_rank", lambda step: step)
+    found = on_rank(0)
+    assert 200 < found <= 512
+    assert found in SIZES
+    # SP mode had won twice by then.
+    assert measured == [1, 16, 32, 64, 128, 256, 512, 1024]
+    assert on_rank(1) == found
+    assert len(measured) == 16
+    # The next engine has the times from the cache, and other ranks have them from rank 0.
+    assert on_rank(0) == on_rank(1) == found
+    assert len(measured) == 16
+
+
+def test_the_slowest_rank_counts(monkeypatch):
+    def all_reduce(milliseconds, op, group):
+        assert (op, group) == (torch.distributed.ReduceOp.MAX, "cpu")
+        milliseconds.copy_(torch.maximum(milliseconds, torch.tensor([2.0, 3.0], dtype=milliseconds.dtype)))
+
+    monkeypatch.setattr(calibrate, "get_world_group", lambda: SimpleNamespace(cpu_group="cpu"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert calibrate._slowest_rank(StepTimes(16, 1.25, 5.1)) == StepTimes(16, 2.0, 5.1)
