@@ -206,6 +206,12 @@ ASKED: dict[str, dict[str, Any]] = {
     "olmo": {"model_config.architecture": "Olmo2ForCausalLM"},
     "qwen": {"model_config.architecture": "Qwen2_5_VLForConditionalGeneration"},
     "images": {"model_config.is_multimodal_model": True},
+    "text": {"model_config.multimodal_config.language_model_only": True},
+    "pooling": {"model_config.runner_type": "pooling"},
+    "drafts": {
+        "speculative_config": SimpleNamespace(method="ngram", uses_dynamic_speculative_decoding=lambda: False),
+    },
+    "offload": {"offload_config.prefetch.offload_group_size": 4},
     "transformers": {"model_config.using_transformers_backend": lambda: True},
     "longrope": {"model_config.hf_text_config.rope_parameters": {"rope_type": "longrope"}},
     "VLLM_MOE_SKIP_PADDING": {},
@@ -217,6 +223,9 @@ REFUSED = {
     "stages": "pipeline parallelism on CUDA",
     "images": "images and the like, of architectures not tested with them",
     "traced": "layerwise NVTX tracing of compiled models",
+    "offload": "weight offloading",
+    "pooling new": "pooling models of architectures not tested",
+    "cpu stages drafts": "pipeline parallelism together with speculative decoding",
     "replicas nodes": "data parallelism together with --nnodes",
     "moe replicas": "data parallelism of mixture-of-experts models",
     "moe VLLM_MOE_SKIP_PADDING": "experts that skip padding",
@@ -228,6 +237,7 @@ REFUSED = {
     "weights fp8": "weight transfer to a quantized model",
     "olmo tp": "OLMo 2 with a tensor parallel size above 1",
     "transformers moe": "mixture-of-experts, multimodal or quantized models of transformers",
+    "transformers images text": "mixture-of-experts, multimodal or quantized models of transformers",
     "transformers fp8": "mixture-of-experts, multimodal or quantized models of transformers",
     "transformers longrope": "rotary embeddings of transformers that depend on the batch",
 }
@@ -238,6 +248,7 @@ ALLOWED = [
     "cpu stages",
     "traced eager",
     "images qwen",
+    "images text",
 ]
 
 
@@ -253,3 +264,23 @@ def test_nothing_else_is_refused(asked, monkeypatch):
     tables = ((limits.MODEL_LIMITS, config.model_config), (limits.ENGINE_LIMITS, config))
     found = [limit.name for table, of in tables for limit in table if limit.found(of)]
     assert found == ([REFUSED[asked]] if asked in REFUSED else [])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "vocabulary", "intermediate", "works"),
+    [
+        (16, 2, 700, 48, [2, 4, 8, 16]),  # vLLM pads the vocabulary to 704
+        (16, 2, 700, [48, 24], [2, 4, 8]),
+        (16, 2, 640, None, [2, 4, 8, 16]),
+        (12, 6, 768, 48, [2, 3, 6, 12]),
+        (12, 4, 704, 48, [2, 4]),
+    ],
+)
+def test_a_number_of_ranks_that_does_not_divide_the_model_is_refused(heads, kv_heads, vocabulary, intermediate, works):
+    text = SimpleNamespace(num_attention_heads=heads, vocab_size=vocabulary, intermediate_size=intermediate)
+    model = SimpleNamespace(hf_text_config=text, get_total_num_kv_heads=lambda: kv_heads)
+    for ranks in range(2, heads + 1):
+        refused = pytest.raises(ValueError, match=f"{ranks} ranks do not .*KV heads {kv_heads}.*that work: ")
+        with nullcontext() if ranks in works else refused as error:
+            limits.check_model_shape(model, ranks)
+        assert ranks in works or str(error.value).endswith(f": {works}")
