@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_early import bare
 from torch import nn
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
@@ -81,10 +82,7 @@ def attach(model, most):
 
 
 def test_adapters_of_gathered_modules_need_room_for_padding():
-    gathered = MultiHeadLatentAttentionWrapper.__new__(MultiHeadLatentAttentionWrapper)
-    nn.Module.__init__(gathered)
-    gathered.proj = Adapted()
-    model = nn.Sequential(gathered)
+    model = nn.Sequential(bare(MultiHeadLatentAttentionWrapper, proj=Adapted()))
     attach(model, 9)
     with pytest.raises(NotImplementedError, match=r"0.proj: LoRA needs .* a multiple of 3, got 10"):
         attach(model, 10)

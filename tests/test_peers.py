@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_early import bare
 from test_exchange import PlainPeers, SimpleGroup, tagged
-from torch import nn
 
-from vllm_shift import exchange, layers
+from vllm_shift import exchange
 from vllm_shift.dims import ParallelDims
+from vllm_shift.layers import SlottedQKVParallelLinear
 
 pytest.importorskip("triton")
 
@@ -311,10 +312,9 @@ def test_an_early_exchange_through_peers_is_one_with_the_product():
         through_peers=True,
         group_name=exchange.register_group(group),
     )
-    layer = layers.SlottedQKVParallelLinear.__new__(layers.SlottedQKVParallelLinear)
-    nn.Module.__init__(layer)
     x, weight, bias = torch.randn(3, 5), torch.randn(14, 5), torch.randn(14)
-    vars(layer).update(
+    layer = bare(
+        SlottedQKVParallelLinear,
         switch=switch,
         whole=None,
         adapters=None,

@@ -97,6 +97,7 @@ def test_collectives():
     link = 450e9 * costs.ACHIEVED.link
     size = 1e9
     assert costs.all_reduce_s(size, 1, 1, H100) == costs.all_to_all_s(size, 1, H100) == 0
+    assert costs.all_gather_s(size, 1, H100) == 0
     assert costs.all_reduce_s(size, 8, 1, H100) == pytest.approx(2 * 7 / 8 * size / link, rel=0.01)
     assert costs.all_gather_s(size, 8, H100) == pytest.approx(7 / 8 * size / link, rel=0.01)
     assert costs.all_to_all_s(size, 8, H100) == pytest.approx(7 / 8 * size / link, rel=0.01)
@@ -106,6 +107,8 @@ def test_collectives():
     assert across == pytest.approx(7 / 16 * size / link + 1 / 2 * size / network, rel=0.01)
     across = costs.all_reduce_s(size, 16, 1, H100)
     assert across == pytest.approx(2 * 7 / 8 * size / link + size / 8 / network, rel=0.01)
+    across = costs.all_gather_s(size, 16, H100)
+    assert across == pytest.approx(7 / 8 * size / link + 1 / 2 * size / 8 / network, rel=0.01)
     # Ranks eight apart are each on a host of its own.
     assert costs.all_reduce_s(size, 2, 8, H100) == pytest.approx(size / network, rel=0.01)
 
@@ -344,13 +347,6 @@ def test_it_starts_without_vllm_and_torch_and_on_a_terminal_that_knows_ascii_onl
     command = [sys.executable, "-c", code, "plan", "--model", folder, "--gpus", "2", "--gpu", "a100"]
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     assert "Recommended" in subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
-
-
-def test_all_gather_across_hosts():
-    link, network, size = 450e9 * costs.ACHIEVED.link, 50e9 * costs.ACHIEVED.link, 1e9
-    across = costs.all_gather_s(size, 16, H100)
-    assert across == pytest.approx(7 / 8 * size / link + 1 / 2 * size / 8 / network, rel=0.01)
-    assert costs.all_gather_s(size, 1, H100) == 0
 
 
 def test_what_a_step_communicates():

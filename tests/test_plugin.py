@@ -13,7 +13,6 @@ from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
-import support_table
 import tiny
 import vllm
 from rank_group import CASES, Group
@@ -30,7 +29,6 @@ from vllm_shift.threshold import fit_to_graphs
 from vllm_shift.translate import graph_sizes
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-SUPPORT = support_table.PAGE.read_text()
 
 
 # CUDA graph sizes of vLLM.

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 from fake_server import FakeServer, running_server
@@ -21,7 +22,7 @@ from vllm_shift_cli.main import main
 from vllm_shift_cli.replay import client, plot
 from vllm_shift_cli.replay import report as reports
 from vllm_shift_cli.replay.generate import bursty, diurnal, generate, steady
-from vllm_shift_cli.replay.modes import parse
+from vllm_shift_cli.replay.modes import ModeSampler, parse
 from vllm_shift_cli.replay.prompts import BLOCK, prompt_ids
 from vllm_shift_cli.replay.run import Options, Replay, replay
 from vllm_shift_cli.replay.trace import TraceError, TraceRequest, read_trace, schedule, write_trace
@@ -573,7 +574,7 @@ def test_a_report_without_a_part_is_refused(tmp_path, part):
 @pytest.mark.parametrize(
     ("part", "value"),
     [("requests", None), ("requests", [{"due": 0.0}]), ("seconds", "x"), ("mode_samples", [{"time": "x"}]),
-     ("settings", {}), ("mode_problems", [])],
+     ("settings", {}), ("mode_problems", []), ("mode_problems", {"x": "1"})],
 )  # fmt: skip
 def test_a_damaged_report_is_named(report, tmp_path, part, value):
     reports.save(report | {part: value}, tmp_path / "bad.json")
@@ -688,24 +689,22 @@ def test_a_clean_report_has_nothing_to_doubt(report):
 
 @pytest.mark.parametrize("blocks", ["null", "5", '"ab"', '""', "{}", "[-1]", "[1.0]"])
 def test_blocks_are_a_list_of_ids(tmp_path, blocks):
-    path = tmp_path / "trace.jsonl"
-    path.write_text(f'{{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": {blocks}}}')
+    path = written(tmp_path, f'{{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": {blocks}}}')
     with pytest.raises(TraceError, match="hash_ids must be a list of whole numbers"):
         read_trace(path)
 
 
 def test_the_first_block_is_0(tmp_path):
-    path = tmp_path / "trace"
-    path.write_text('{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [0, 1]}')
+    path = written(tmp_path, '{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [0, 1]}')
     assert read_trace(path)[1][0].blocks == (0, 1)
 
 
 def test_times_without_a_zone_have_no_summer(tmp_path, monkeypatch):
+    times = "2024-03-31 01:30:00,5,5\n2024-03-31 03:30:00,5,5\n"
+    path = written(tmp_path, f"TIMESTAMP,ContextTokens,GeneratedTokens\n{times}")
     monkeypatch.setenv("TZ", "Europe/Berlin")
     time.tzset()
     try:
-        path = tmp_path / "trace.csv"
-        path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-03-31 01:30:00,5,5\n2024-03-31 03:30:00,5,5\n")
         first, second = read_trace(path)[1]
     finally:
         monkeypatch.undo()
@@ -740,10 +739,6 @@ def test_one_sample_is_no_difference(report):
 
 
 def test_problems_are_counted():
-    import aiohttp
-
-    from vllm_shift_cli.replay.modes import ModeSampler
-
     async def two():
         async with aiohttp.ClientSession() as http:
             sampler = ModeSampler(http, "http://127.0.0.1:9", 1.0)
@@ -792,9 +787,6 @@ def test_what_is_no_report_is_named(tmp_path, text, message):
         reports.load(path)
 
 
-def test_odd_counts_are_damage_and_folders_no_traces(report, tmp_path):
-    reports.save(report | {"mode_problems": {"x": "1"}}, tmp_path / "x.json")
-    with pytest.raises(CommandError, match="is a damaged report"):
-        reports.load(tmp_path / "x.json")
+def test_a_folder_is_no_place_for_a_trace(tmp_path):
     with pytest.raises(CommandError, match="cannot write"):
         write_trace(tmp_path, [TraceRequest(0.0, 1, 1)])

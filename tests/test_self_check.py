@@ -162,8 +162,8 @@ def test_relative_error():
     one_wrong[7, 2] *= 1.5
     assert relative_error(x, one_wrong, 0) == pytest.approx(0.5, abs=0.1)
     assert relative_error(x, one_wrong, 0.25) == 0
-    # All tokens of one head of many.
-    cache = torch.randn(3, 16, 16, 32, generator=torch.Generator().manual_seed(0))
+    # All tokens of one head of many, and some of all heads: together less than a tenth.
+    cache = torch.randn(3, 64, 16, 32, generator=torch.Generator().manual_seed(0))
     of_a_head = cache.clone()
     of_a_head[:, 5] *= 1.5
     of_a_head[0, :, :4] *= 1.5
@@ -228,13 +228,6 @@ def test_gpus_multiply_float32_in_tf32(monkeypatch):
     monkeypatch.setattr(rounding, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     assert allowed_error(torch.float32, 0) == 2 * 2**-10
     assert allowed_error(torch.bfloat16, 0) == 2 * 2**-7
-
-
-def test_one_wrong_head_is_not_a_share_of_all():
-    cache = torch.randn(3, 20, 16, 32, generator=torch.Generator().manual_seed(0))
-    of_a_head = cache.clone()
-    of_a_head[:, 5] *= 1.5  # 5 % of all vectors
-    assert relative_error(cache, of_a_head, 0.1) == pytest.approx(0.5, abs=0.1)
 
 
 def test_short_vectors_count():

@@ -367,12 +367,12 @@ def test_a_compiled_sp_mode_keeps_its_padding(make, twins, monkeypatch):
     assert rows == [6, 6]
 
 
-def test_attention_inside_a_gathered_module_exchanges_nothing(make, monkeypatch):
+def test_attention_inside_a_gathered_module_exchanges_nothing(monkeypatch):
     peers = SimpleNamespace(connect=lambda *args: pytest.fail("nothing to exchange"))
     monkeypatch.setitem(sys.modules, "vllm_shift.peers", peers)
     monkeypatch.setattr(switch_module, "current_platform", SimpleNamespace(is_cuda=lambda: True))
-    switch, _ = ModeSwitch(ParallelDims(2, 1, 0), 0, SimpleGroup(unique_name="sp"), None), None
-    switch.sp_group.device_communicator = SimpleNamespace(pynccl_comm=SimpleNamespace(disabled=False))
+    nccl = SimpleNamespace(pynccl_comm=SimpleNamespace(disabled=False))
+    switch = ModeSwitch(ParallelDims(2, 1, 0), 0, SimpleGroup(unique_name="sp", device_communicator=nccl), None)
     model = GathersOnly()
     model.mla.attn = FakeAttention()
     switch.attach(model, VLLM_CONFIG)
@@ -380,7 +380,7 @@ def test_attention_inside_a_gathered_module_exchanges_nothing(make, monkeypatch)
     assert not switch.through_peers
 
 
-def test_the_twins_are_told_their_tp_group(make, monkeypatch):
+def test_the_twins_are_told_their_tp_group(monkeypatch):
     told = []
     monkeypatch.setattr(switch_module, "CompiledTwins", lambda model, config, peers, tp_group: told.append(tp_group))
     for group in (None, SimpleNamespace(unique_name="tp:1")):

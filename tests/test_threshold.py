@@ -229,7 +229,7 @@ def test_a_second_engine_is_kept_beside_the_first(vllm_config):
     assert TimesCache(vllm_config("b"), NCCL).load() == times(700)
 
 
-def test_a_cache_without_times_is_measured_again(vllm_config, tmp_path):
+def test_a_cache_without_times_is_measured_again(vllm_config):
     cache = TimesCache(vllm_config(), NCCL)
     cache.save([])
     assert cache.load() is None
