@@ -1,9 +1,9 @@
-"""vLLM's features and further models in both modes on CUDA, against stock vLLM with TP=2.
+"""vLLM's features and further models in both modes on CUDA, against stock vLLM with TP over all ranks.
 
-Asks what ``tests/test_features.py`` asks, in fp32 by default. Two ranks share the first GPU (shared_gpu.py), or have
+Asks what ``tests/test_features.py`` asks, in fp32 by default. The ranks share the first GPU (shared_gpu.py), or have
 one each with --own-gpus, with compiled code and CUDA graphs unless --eager is given. Prints one line a feature, on
 tokens, log-probabilities and KV caches. Examples: python benchmarks/features.py ngram eagle
-                  python benchmarks/features.py tokens --model deepseek --dtype bfloat16
+                  python benchmarks/features.py tokens --model deepseek --dtype bfloat16 --own-gpus --sp 2 --tp 2
 """
 
 import argparse
@@ -82,8 +82,8 @@ def job_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         common["attention_config"] = {"backend": "TRITON_ATTN"}
     return {
         "folder": str(folder), "checkpoints": [model, str(tiny.make_checkpoint("llama", folder / "other", seed=1))],
-        "sp": 2, "tp": 1, "start_threshold": args.threshold, "thresholds": [args.threshold], "common": common,
-        "adapters": [str(path) for path in tiny.make_adapters(folder)],
+        "sp": args.sp, "tp": args.tp, "start_threshold": args.threshold, "thresholds": [args.threshold],
+        "common": common, "adapters": [str(path) for path in tiny.make_adapters(folder)],
         "prompts": test_features.prompts(), "features": [{"name": name} | features[name] for name in args.names],
     }  # fmt: skip
 
@@ -116,6 +116,8 @@ def main() -> None:
     )  # fmt: skip
     tiny.MORE_CONFIGS.update(CUDA_MODELS)
     parser.add_argument("--model", default="llama", choices=tiny.CONFIGS | tiny.MORE_CONFIGS)
+    parser.add_argument("--sp", type=int, default=2)
+    parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     # The threshold cannot change between runs: CUDA graphs were captured with it.
     parser.add_argument("--threshold", type=int, default=48, help="0 is SP mode always; 48, for prefills only")
@@ -123,7 +125,7 @@ def main() -> None:
     parser.add_argument("--own-gpus", action="store_true", help="a GPU for each rank, with NCCL")
     args = parser.parse_args()
     if not shared_gpu.is_rank():
-        sys.exit(shared_gpu.run_ranks(2, args.own_gpus))
+        sys.exit(shared_gpu.run_ranks(args.sp * args.tp, args.own_gpus))
     with tempfile.TemporaryDirectory() as folder:
         results = feature_main.try_features(job_of(args, Path(folder)))
     row = vars(args) | {"v2_runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "default")}

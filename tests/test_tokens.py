@@ -67,7 +67,7 @@ def test_one_copy_of_the_weights(runs, groups, request):
     ours, _ = runs
     case, _ = request.node.callspec.params["runs"]
     name, sp, tp = case.name, case.sp, case.tp
-    checkpoint = transformers.AutoModelForCausalLM.from_pretrained(groups(sp * tp).folder / name)
+    checkpoint = transformers.AutoModelForCausalLM.from_pretrained(groups(case.world, case.nightly).folder / name)
     config, bytes_per_value = checkpoint.config, 4
     sharded_once = 512 * config.hidden_size  # vocabulary, padded to a multiple of 64
     kv_copies = max(1, tp * sp // config.num_key_value_heads)  # a KV head per TP=P shard, at least
