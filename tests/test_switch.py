@@ -386,3 +386,20 @@ def test_the_twins_are_told_their_tp_group(monkeypatch):
     for group in (None, SimpleNamespace(unique_name="tp:1")):
         ModeSwitch(ParallelDims(2, 2, 0), 8, SimpleGroup(unique_name="sp"), group).attach(Model(), VLLM_CONFIG)
     assert told == ["", "tp:1"]
+
+
+@pytest.mark.parametrize("through_peers", [True, False])
+@pytest.mark.parametrize(
+    ("tp_group", "sums"),
+    [
+        (None, 0),
+        (SimpleNamespace(device_communicator=None), 2),
+        (SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=SimpleNamespace(disabled=True))), 2),
+        (SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=SimpleNamespace(disabled=False))), 0),
+    ],
+    ids=["T = 1", "none", "off", "on"],
+)
+def test_collectives_of_nccl_are_those_that_nothing_else_does(through_peers, tp_group, sums):
+    switch = ModeSwitch(ParallelDims(2, 2 if tp_group else 1, 0), 8, SimpleGroup(unique_name="sp"), tp_group)
+    switch.through_peers = through_peers
+    assert switch.nccl_collectives() == sums + (0 if through_peers else 2)

@@ -1,10 +1,13 @@
 """What the worker changes about the memory that vLLM leaves for the KV cache, what it leaves alone, what it refuses."""
 
+import gc
+import inspect
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from vllm.config import CUDAGraphMode
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -19,13 +22,13 @@ class StockWorker:
 
 
 @pytest.mark.parametrize(
-    ("counted", "through_peers", "left"),
-    [(0, True, 1000 - 2 * 80 * 0.4), (0, False, 1000 - 2 * 80 * 0.8), (9, True, 991)],
+    ("counted", "collectives", "left"),
+    [(0, 0, 1000 - 2 * 80 * 0.4), (0, 2, 1000 - 2 * 80 * 0.8), (0, 4, 1000 - 2 * 80 * 1.2), (9, 0, 991)],
 )
-def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(monkeypatch, counted, through_peers, left):
+def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(monkeypatch, counted, collectives, left):
     class Worker(ShiftWorkerMixin, StockWorker):
         def __init__(self):
-            self.switch = SimpleNamespace(is_sp_step=lambda tokens: tokens > 256, through_peers=through_peers)
+            self.switch = SimpleNamespace(is_sp_step=lambda tokens: tokens > 256, nccl_collectives=lambda: collectives)
             self.model_runner = SimpleNamespace(profile_run=None, profile_cudagraph_memory=lambda: counted * 2**20)
             compilation = SimpleNamespace(cudagraph_capture_sizes=[1, 256, 272, 512])
             self.vllm_config = SimpleNamespace(compilation_config=compilation)
@@ -35,6 +38,61 @@ def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(monkeypatch
     monkeypatch.setattr("vllm_shift.worker.current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr("vllm_shift.worker.get_tp_group", lambda: SimpleNamespace(device_communicator=None))
     assert Worker().determine_available_memory() == int(left * 2**20)
+
+
+def attention_group(**attributes):
+    return SimpleNamespace(metadata_builders=[SimpleNamespace(**attributes)])
+
+
+@pytest.mark.parametrize(
+    ("mode", "speculated", "largest"),
+    [("FULL_AND_PIECEWISE", 0, 256), ("FULL_DECODE_ONLY", 3, 1024), ("FULL", 0, 4096), ("PIECEWISE", 0, 256)],
+)
+def test_attention_splits_keys_in_steps_of_a_full_cuda_graph_only(mode, speculated, largest):
+    groups = [[attention_group(max_cudagraph_size=4096), attention_group()], [attention_group(max_cudagraph_size=128)]]
+    draft = attention_group(max_cudagraph_size=4096)
+    runner = SimpleNamespace(attn_groups=groups, drafter=SimpleNamespace(draft_attn_groups=[draft]))
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]),
+        scheduler_config=SimpleNamespace(max_num_seqs=256),
+        num_speculative_tokens=speculated,
+    )
+
+    class Stock(WorkerBase):
+        def initialize_from_config(self, kv_cache_config):
+            assert kv_cache_config == "of this rank"
+            self.model_runner, self.vllm_config = runner, config  # builders are made there
+
+    class Worker(ShiftWorkerMixin, Stock):
+        def __init__(self):
+            pass
+
+    Worker().initialize_from_config("of this rank")
+    sizes = [vars(builder) for group in (*groups[0], *groups[1], draft) for builder in group.metadata_builders]
+    assert sizes == [{"max_cudagraph_size": largest}, {}, {"max_cudagraph_size": 128}, {"max_cudagraph_size": largest}]
+
+
+def test_vllms_attention_has_the_limit_of_its_splits_where_it_is_set():
+    flash_attn = pytest.importorskip("vllm.v1.attention.backends.flash_attn")
+    source = inspect.getsource(flash_attn.FlashAttentionMetadataBuilder.build)
+    assert "num_actual_tokens <= self.max_cudagraph_size" in source
+
+
+def test_the_watch_of_a_worker_that_is_deleted_ends():
+    class Stock(WorkerBase):
+        def __init__(self):
+            self.rank, self.vllm_config = 1, None
+            self.parallel_config = SimpleNamespace(distributed_executor_backend="external_launcher")
+
+    class Worker(ShiftWorkerMixin, Stock):
+        pass
+
+    worker = Worker()
+    watch = worker._watch
+    assert not watch._closed.is_set()
+    del worker
+    gc.collect()
+    assert watch._closed.is_set()
 
 
 class DrawingSelfCheck:

@@ -1,7 +1,9 @@
 """vLLM's stock workers with the mode switch built in; ``ParallelConfig.worker_cls`` names them."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -60,6 +62,8 @@ class ShiftWorkerMixin(WorkerBase):
         self._step_check: StepCheck | None = None
         self._step = "A step of the self-check"
         self._watch = StuckStepWatch(self.rank, device, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+        # An engine within the user's own process is deleted without a call of shutdown.
+        weakref.finalize(self, self._watch.close)
         if self.parallel_config.distributed_executor_backend == "mp":
             end_with_owner()
 
@@ -184,7 +188,12 @@ class ShiftWorkerMixin(WorkerBase):
     def _graph_memory(self) -> int:
         sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or []
         layers = self.model_config.get_num_layers(self.parallel_config)
-        return graph_memory(sum(map(self.switch.is_sp_step, sizes)), layers, self.switch.through_peers)
+        return graph_memory(sum(map(self.switch.is_sp_step, sizes)), layers, self.switch.nccl_collectives())
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """As the stock worker; then attention splits keys only in steps that a full CUDA graph may run."""
+        super().initialize_from_config(kv_cache_config)
+        limit_splits(self.model_runner, self.vllm_config)
 
     def _run_largest_step(self, in_sp: bool, **kwargs: Any) -> None:
         """Before any other step in a mode: torch.compile chooses kernels for the size that it sees first."""
@@ -405,13 +414,30 @@ def weight_bytes(model: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def graph_memory(sizes: int, layers: int, through_peers: bool) -> int:
-    """Bytes that the CUDA graphs of SP mode take on a GPU, about, for so many sizes and layers.
+def graph_memory(sizes: int, layers: int, collectives: int) -> int:
+    """Bytes that the CUDA graphs of SP mode take on a GPU, about.
 
-    Measured were 0.30 to 0.35 MiB a size and layer (benchmarks/results/2026-11-26-h100-x4.md). A collective of NCCL,
-    of which an exchange has two unless it goes ``through_peers``, took 0.2 more (2026-11-26-h200-x4.md).
+    Measured were 0.30 to 0.35 MiB a size and layer (benchmarks/results/2026-11-26-h100-x4.md), and 0.2 more for each
+    collective of NCCL in a layer (2026-11-26-h200-x4.md).
     """
-    return int(sizes * layers * (0.4 if through_peers else 0.8) * 2**20)
+    return int(sizes * layers * (0.4 + 0.2 * collectives) * 2**20)
+
+
+def limit_splits(model_runner: Any, vllm_config: Any) -> None:
+    """Let attention split keys over 32 parts only in steps that a full CUDA graph may run, as those that decode.
+
+    FlashAttention 3 does so in each step up to the largest CUDA graph size, and keeps what the parts give: float32 [32,
+    heads of a rank, tokens, head size], up to 1 GiB with the sizes of SP mode, which no profile sees. In larger steps
+    it decides for itself (vllm/v1/attention/backends/flash_attn.py).
+    """
+    if vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
+        return
+    most = vllm_config.scheduler_config.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
+    drafter = getattr(model_runner, "drafter", None)
+    for group in (*chain(*model_runner.attn_groups), *getattr(drafter, "draft_attn_groups", ())):
+        for builder in group.metadata_builders:
+            if getattr(builder, "max_cudagraph_size", None):
+                builder.max_cudagraph_size = min(builder.max_cudagraph_size, most)
 
 
 def _describe_copies(layers: list[Any]) -> str:
