@@ -68,6 +68,10 @@ class Wrapper:
     def __init__(self, prefix, is_encoder):
         self._compile_prefix, self._is_encoder = prefix, is_encoder
         self.traced_with = get_current_vllm_config()
+        self.cleaned_up = False
+
+    def cleanup(self):
+        self.cleaned_up = True
 
 
 class Compiled(nn.Module, Wrapper):
@@ -100,6 +104,19 @@ def test_each_compiled_module_of_the_language_model_has_a_twin(wrapped):
     assert twin.compilation_config.cache_dir != "cache"
     twins.swap_out()
     assert all(a is b for a, b in zip(stock, wrapped.modules(), strict=True))
+
+
+def test_what_vllm_cleans_up_in_a_model_is_cleaned_up_in_its_twins(wrapped):
+    config = config_with(CompilationConfig(mode=CompilationMode.VLLM_COMPILE))
+    twins = CompiledTwins(wrapped, config, through_peers=False, tp_group="")
+    stock = wrapped.language[0]
+    twins.swap_in()
+    twin = wrapped.language[0]
+    twins.swap_out()
+    assert not twin.cleaned_up
+    stock.cleanup()
+    assert stock.cleaned_up
+    assert twin.cleaned_up
 
 
 def test_without_vllms_compilation_there_are_no_twins(wrapped):

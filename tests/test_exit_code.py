@@ -11,6 +11,7 @@ import httpx
 import pytest
 import uvloop
 from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from vllm.entrypoints.launcher import serve_http
 from vllm.entrypoints.serve.utils.server_utils import engine_error_handler, lifespan
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -114,3 +115,14 @@ def test_a_stop_that_was_asked_for(exit_code, numbers, dead):
 def test_requests_go_straight_through(kind):
     call = {"type": kind}, object(), object()
     assert ExitCode(lambda *given: given)(*call) == call
+
+
+def test_an_application_in_a_server_of_the_users_own_is_left_alone():
+    """It starts in another thread than the main one, and its engine is shut down by hand."""
+    app = FastAPI(lifespan=lifespan)
+    app.state.engine_client, app.state.log_stats = Engine(), False
+    app.add_middleware(ExitCode)
+    before = signal.getsignal(signal.SIGTERM)
+    with TestClient(app):
+        app.state.engine_client.shutdown()
+    assert signal.getsignal(signal.SIGTERM) is before

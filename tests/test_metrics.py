@@ -237,7 +237,14 @@ def test_without_log_stats_nothing_is_published(engine):
 def test_a_worker_on_another_host_is_named(engine, caplog_vllm):
     metrics.publish(engine)
     assert samples(metrics._collector) == {}
-    assert "the worker of rank 0 is not on this host" in caplog_vllm.text
+    assert "its rank 0 has not started, or is on another host" in caplog_vllm.text
+
+
+def test_a_registry_that_others_have_emptied(engine):
+    metrics.publish(engine)
+    REGISTRY.unregister(metrics._collector)
+    metrics.publish(engine)
+    assert metrics._collector in REGISTRY._collector_to_names
 
 
 def test_a_registry_that_cannot_show_the_metrics_is_named(engine, monkeypatch, caplog_vllm):

@@ -16,11 +16,12 @@ import pytest
 from vllm_shift import owner
 
 
-def start_family(by_owner: bool) -> tuple[int, int, int]:
+def start_family(by_owner: bool, late: bool = False) -> tuple[int, int, int]:
     """Child, grandchild and great-grandchild of this process, in the places of API server, engine core and worker.
 
     Args:
         by_owner: whether the first of them makes the config, or this process.
+        late: whether the worker is ready only when the first of them has ended.
 
     Returns:
         The pids of the first and of the last, and a descriptor that is at its end when the engine core has ended.
@@ -35,21 +36,29 @@ def start_family(by_owner: bool) -> tuple[int, int, int]:
     try:
         if by_owner:
             owner.name_owner()
+        server_of_core = os.getpid()
         if os.fork():
             os.close(writer)
         elif not os.fork():
-            owner.end_with_owner()
+            if not late:
+                owner.end_with_owner()
             os.write(writer, str(os.getpid()).encode())
             os.close(writer)
+            if late:
+                core = psutil.Process(os.getppid())
+                while core.ppid() == server_of_core:
+                    time.sleep(0.01)
+                owner.end_with_owner()
         time.sleep(30)
     finally:
         os._exit(0)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["", "late"])
 @pytest.mark.parametrize("by_owner", [True, False])
-def test_a_worker_without_its_api_server(by_owner, monkeypatch):
+def test_a_worker_without_its_api_server(by_owner, late, monkeypatch):
     monkeypatch.setenv("SHIFT_PARALLEL_OWNER", "0")  # and back to what it was, afterwards
-    server, worker, at_end = start_family(by_owner)
+    server, worker, at_end = start_family(by_owner, late)
     core = psutil.Process(worker).ppid()
     assert not select.select([at_end], [], [], 0.5)[0]
     os.kill(server, signal.SIGKILL)

@@ -153,6 +153,19 @@ def test_api_servers_gain_the_exit_code(llama, monkeypatch):
     assert middleware(flags) == []
 
 
+@pytest.mark.parametrize("degree", [2, 8])
+def test_a_draft_model_has_no_degree_of_its_own(llama, degree):
+    draft = {"method": "draft_model", "model": llama, "num_speculative_tokens": 2, "draft_tensor_parallel_size": degree}
+    with pytest.raises(ValueError, match=f"draft_tensor_parallel_size is {degree}, .* set it to 4, or leave it out"):
+        create(llama, tensor_parallel_size=2, ulysses_sequence_parallel_size=2, speculative_config=draft)
+    create(
+        llama,
+        tensor_parallel_size=2,
+        ulysses_sequence_parallel_size=2,
+        speculative_config=draft | {"draft_tensor_parallel_size": 4},
+    )
+
+
 def test_servers_that_would_lose_the_flags_are_refused(llama, capsys):
     parser = make_arg_parser(FlexibleArgumentParser())
     flags = ["--ulysses-sequence-parallel-size", "2"]

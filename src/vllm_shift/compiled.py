@@ -98,4 +98,12 @@ def _twin(module: Any, sp_config: Any) -> nn.Module:
     twin.vllm_config, twin.compilation_config = sp_config, sp_config.compilation_config
     with set_current_vllm_config(sp_config):
         TorchCompileWithNoGuardsWrapper.__init__(twin, module._compile_prefix, module._is_encoder)
+    stock_cleanup = module.cleanup
+
+    def cleanup() -> None:
+        # vLLM calls it for the modules that it finds in the model of an engine that is deleted; a twin is none.
+        stock_cleanup()
+        twin.cleanup()
+
+    module.cleanup = cleanup
     return twin  # type: ignore[no-any-return]

@@ -44,7 +44,11 @@ class ExitCode:
         return call(scope, receive, send)
 
     async def _lifespan(self, scope: Any, receive: Any, send: Any) -> None:
-        engine = scope["app"].state.engine_client  # None in a server that only renders prompts
+        state = scope["app"].state
+        if not hasattr(state, "server"):  # not vLLM's: the application runs in a server of the user's own
+            await self._app(scope, receive, send)
+            return
+        engine = state.engine_client  # None in a server that only renders prompts
         stops = _watch_for_stops()
         await self._app(scope, receive, send)
         # An engine that was asked to stop counts as dead, too.

@@ -8,6 +8,7 @@ No message is sent, no step waits, and nothing is registered in a server without
 import os
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class ShiftCollector(Collector):
                 self._add(families, counts, [self._model_name, str(engine)])
             else:
                 logger.warning_once(
-                    "Shift Parallelism has no metrics of engine %d: the worker of rank 0 is not on this host.", engine
+                    "Shift Parallelism has no metrics of engine %d: its rank 0 has not started, or is on another host.",
+                    engine,
                 )
         return families
 
@@ -91,7 +93,9 @@ def publish(vllm_config: Any) -> None:
             "PROMETHEUS_MULTIPROC_DIR or vLLM's Rust front-end it does not come from this process."
         )
     if _collector is not None:
-        REGISTRY.unregister(_collector)
+        with suppress(KeyError):  # others may have emptied the registry
+            REGISTRY.unregister(_collector)
+        _collector = None
     paths = {engine: _path(vllm_config, engine) for engine in _engines(vllm_config.parallel_config)}
     for path in paths.values():
         np.zeros(1, COUNTS).tofile(path)

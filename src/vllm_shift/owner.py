@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Callable
 
 import psutil
 from vllm.logger import init_logger
@@ -24,7 +25,7 @@ GRACE = 8
 
 def name_owner() -> None:
     """In the process that makes the config: let the workers know which one it is."""
-    os.environ[_VARIABLE] = str(os.getpid())
+    os.environ[_VARIABLE] = f"{os.getpid()} {psutil.Process().create_time()}"
 
 
 def end_with_owner() -> None:
@@ -36,7 +37,13 @@ def end_with_owner() -> None:
     whose workers vLLM ends by itself.
     """
     core = psutil.Process().parent()
-    if core is None or str(core.ppid()) != os.environ.get(_VARIABLE):
+    owner = os.environ.get(_VARIABLE, "").split()
+    if core is None or not owner:
+        return
+    if str(core.ppid()) != owner[0]:
+        if _has_left(core, int(owner[0]), float(owner[1])):
+            _end(core.kill)
+            end_within(GRACE)
         return
     try:
         handles = os.pidfd_open(core.ppid()), os.pidfd_open(core.pid)
@@ -44,6 +51,19 @@ def end_with_owner() -> None:
         return
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # for the thread, which cannot
     threading.Thread(target=_watch, args=handles, name="OwnerWatch", daemon=True).start()
+
+
+def _has_left(core: psutil.Process, owner: int, created: float) -> bool:
+    """Whether the owner, made at that time, has ended, and has left the engine core to a process that is older."""
+    # One that is younger got the config from the owner, and is a parent in its own right.
+    adopter = core.parent()
+    if adopter is None or adopter.create_time() >= created:
+        return False
+    try:
+        process = psutil.Process(owner)
+        return bool(process.create_time() != created or process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def end_within(seconds: int) -> None:
@@ -63,8 +83,12 @@ def _watch(owner: int, core: int) -> None:
     for handle in (owner, core):
         poll.register(handle, select.POLLIN)  # readable once the process has ended
     if core not in dict(poll.poll()):
-        logger.error("Shift Parallelism: the API server is gone without having stopped the engine; stopping it.")
-        # Asked to stop in order, it would wait for the API server to read its last messages.
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(core, signal.SIGKILL)
+        _end(lambda: signal.pidfd_send_signal(core, signal.SIGKILL))
     end_within(GRACE)
+
+
+def _end(kill_core: Callable[[], None]) -> None:
+    logger.error("Shift Parallelism: the API server is gone without having stopped the engine; stopping it.")
+    # Asked to stop in order, the engine core would wait for the API server to read its last messages.
+    with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+        kill_core()

@@ -53,6 +53,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
         logger.warning("Shift Parallelism is off: ulysses_sequence_parallel_size is 1.")
         return stock_create(stock_args, *args, **kwargs)
     _check_devices(config.world_size * engine_args.pipeline_parallel_size * _local_engines(engine_args), engine_args)
+    _check_draft(config.world_size, engine_args)
     ours = {CONFIG_KEY: config.to_dict(), _CODE_KEY: code_hash()}
     stock_args.additional_config = (engine_args.additional_config or {}) | ours
 
@@ -145,6 +146,20 @@ def _check_devices(world_size: int, engine_args: Any) -> None:
                 f"SP x TP x PP x DP = {world_size} ranks, but vLLM binds each to a NUMA node and there are {nodes}; "
                 "set VLLM_CPU_OMP_THREADS_BIND=nobind"
             )
+
+
+def _check_draft(world_size: int, engine_args: Any) -> None:
+    """Refuse a draft model with a TP degree of its own; vLLM would compare it with one that the user never gave.
+
+    Raises:
+        ValueError: names the degree that a draft model has.
+    """
+    degree = (engine_args.speculative_config or {}).get("draft_tensor_parallel_size")
+    if degree not in (None, 1, world_size):
+        raise ValueError(
+            f"draft_tensor_parallel_size is {degree}, but a draft model runs on all SP x TP = {world_size} ranks; "
+            f"set it to {world_size}, or leave it out"
+        )
 
 
 def _use_shift_worker(parallel_config: Any) -> None:
