@@ -39,6 +39,7 @@ def features(model: str, folder: Path) -> dict[str, dict[str, Any]]:
             "args": {"kv_transfer_config": connector(folder / "store"), "max_num_batched_tokens": 1024},
         },
         "reload": {"ask": "reloads", "args": {}},
+        "streamed weights": {"ask": "tokens", "args": {"load_format": "runai_streamer"}},
         # One place more than adapters in a batch: vLLM's CPU backend gives the last one to prompts without an adapter.
         "LoRA": {"ask": "adapters", "args": {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}},
         "model of transformers": {"ask": "tokens", "args": {"model_impl": "transformers"}},
@@ -136,6 +137,7 @@ NAMES = [
     "pooling, attention both ways",
     "KV connector",
     "reload",
+    "streamed weights",
     "LoRA",
     "model of transformers",
     "images",

@@ -57,7 +57,7 @@ COUNT_ROWS = (
 TESTED = ARCHITECTURES + MULTIMODAL_ARCHITECTURES + TEXT_ONLY_ARCHITECTURES + ARCHITECTURES_OF_TRANSFORMERS
 
 # All of them fill parameters through the weight loaders that know the slots.
-LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy")
+LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "runai_streamer", "dummy")
 
 # The layers check the details (quantized.py).
 QUANTIZATIONS = (
@@ -395,7 +395,7 @@ ENGINE_LIMITS = (
     Limit(
         "load formats that bypass the weight loaders, or have not been tried",
         lambda config: _not_in(config.load_config.load_format, LOAD_FORMATS),
-        f"use one of --load-format {', '.join(LOAD_FORMATS)}, and a model on disk",
+        f"use one of --load-format {', '.join(LOAD_FORMATS)}",
     ),
     Limit(
         "executors other than multiprocessing, Ray and external_launcher",
