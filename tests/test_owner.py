@@ -9,6 +9,7 @@ import select
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -69,6 +70,22 @@ def test_a_worker_without_its_api_server(by_owner, late, monkeypatch):
             os.kill(process, signal.SIGKILL)
     os.close(at_end)
     assert ended == by_owner
+
+
+def test_of_processes_without_the_owner_an_engine_core_alone_is_killed():
+    """The owner is gone in all of them: its place has another process, with another start."""
+    owner_pid, begin = os.getpid(), 1000.0
+    older, younger = SimpleNamespace(create_time=lambda: begin - 1), SimpleNamespace(create_time=lambda: begin + 1)
+
+    def has_left(pid=1, made=begin + 2, adopter=older):
+        core = SimpleNamespace(pid=pid, create_time=lambda: made, parent=lambda: adopter)
+        return owner._has_left(core, owner_pid, begin)
+
+    assert has_left()
+    assert not has_left(pid=owner_pid)  # the engine is within the owner
+    assert not has_left(made=begin - 2)  # the worker was adopted, too
+    assert not has_left(adopter=younger)
+    assert not has_left(adopter=None)
 
 
 def test_a_python_without_pidfds_starts_no_watch(monkeypatch):

@@ -26,7 +26,7 @@ from vllm_shift import limits, plugin, translate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.exit_code import ExitCode
 from vllm_shift.threshold import fit_to_graphs
-from vllm_shift.translate import graph_sizes
+from vllm_shift.translate import _check_draft, graph_sizes
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -153,17 +153,23 @@ def test_api_servers_gain_the_exit_code(llama, monkeypatch):
     assert middleware(flags) == []
 
 
-@pytest.mark.parametrize("degree", [2, 8])
-def test_a_draft_model_has_no_degree_of_its_own(llama, degree):
-    draft = {"method": "draft_model", "model": llama, "num_speculative_tokens": 2, "draft_tensor_parallel_size": degree}
+@pytest.mark.parametrize("name", ["draft_tensor_parallel_size", "draft-tensor-parallel-size"])
+@pytest.mark.parametrize("degree", [1, 2, 8])
+def test_a_draft_model_has_no_degree_of_its_own(llama, degree, name):
+    layout = {"tensor_parallel_size": 2, "ulysses_sequence_parallel_size": 2}
+    draft = {"method": "draft_model", "model": llama, "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match=f"draft_tensor_parallel_size is {degree}, .* set it to 4, or leave it out"):
-        create(llama, tensor_parallel_size=2, ulysses_sequence_parallel_size=2, speculative_config=draft)
-    create(
-        llama,
-        tensor_parallel_size=2,
-        ulysses_sequence_parallel_size=2,
-        speculative_config=draft | {"draft_tensor_parallel_size": 4},
-    )
+        create(llama, **layout, speculative_config=draft | {name: degree})
+    create(llama, **layout, speculative_config=draft | {name: 4})
+    create(llama, **layout, speculative_config=draft)
+
+
+def test_a_draft_head_may_run_on_one_rank():
+    for degree in (1, 4, None):
+        head = {"method": "eagle", "draft_tensor_parallel_size": degree}
+        _check_draft(4, SimpleNamespace(speculative_config=head))
+    with pytest.raises(ValueError, match="set it to 4"):
+        _check_draft(4, SimpleNamespace(speculative_config=head | {"draft_tensor_parallel_size": 2}))
 
 
 def test_servers_that_would_lose_the_flags_are_refused(llama, capsys):

@@ -48,7 +48,7 @@ def attention_group(**attributes):
     ("mode", "speculated", "largest"),
     [("FULL_AND_PIECEWISE", 0, 256), ("FULL_DECODE_ONLY", 3, 1024), ("FULL", 0, 4096), ("PIECEWISE", 0, 256)],
 )
-def test_attention_splits_keys_in_steps_of_a_full_cuda_graph_only(mode, speculated, largest):
+def test_attention_splits_keys_up_to_the_largest_step_of_a_full_cuda_graph(mode, speculated, largest):
     groups = [[attention_group(max_cudagraph_size=4096), attention_group()], [attention_group(max_cudagraph_size=128)]]
     draft = attention_group(max_cudagraph_size=4096)
     runner = SimpleNamespace(attn_groups=groups, drafter=SimpleNamespace(draft_attn_groups=[draft]))

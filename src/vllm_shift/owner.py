@@ -54,8 +54,11 @@ def end_with_owner() -> None:
 
 
 def _has_left(core: psutil.Process, owner: int, created: float) -> bool:
-    """Whether the owner, made at that time, has ended, and has left the engine core to a process that is older."""
-    # One that is younger got the config from the owner, and is a parent in its own right.
+    """Whether the owner, made at that time, has ended, and has left this engine core to a process that is older."""
+    # A parent of this worker that is older than the owner is none of its engine cores.
+    if core.pid == owner or core.create_time() <= created:
+        return False
+    # A parent of the core that is younger got the config from the owner, and is a parent in its own right.
     adopter = core.parent()
     if adopter is None or adopter.create_time() >= created:
         return False

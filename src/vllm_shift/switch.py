@@ -78,7 +78,7 @@ class ModeSwitch:
         return x if self._tp_group is None else self._tp_group.all_reduce(x)
 
     def nccl_collectives(self) -> int:
-        """How many of NCCL a layer has in SP mode, of its two exchanges and, with T > 1, two sums."""
+        """How many of NCCL a layer has in SP mode, of its two exchanges and, with T > 1, two sums below 8 MiB."""
         exchanges = 0 if self.through_peers else 2
         if self._tp_group is None:
             return exchanges

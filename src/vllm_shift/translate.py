@@ -154,8 +154,10 @@ def _check_draft(world_size: int, engine_args: Any) -> None:
     Raises:
         ValueError: names the degree that a draft model has.
     """
-    degree = (engine_args.speculative_config or {}).get("draft_tensor_parallel_size")
-    if degree not in (None, 1, world_size):
+    settings = {name.replace("-", "_"): value for name, value in (engine_args.speculative_config or {}).items()}
+    degree = settings.get("draft_tensor_parallel_size") or world_size
+    # A head as EAGLE's may run on one rank.
+    if degree != world_size and (degree != 1 or settings.get("method") == "draft_model"):
         raise ValueError(
             f"draft_tensor_parallel_size is {degree}, but a draft model runs on all SP x TP = {world_size} ranks; "
             f"set it to {world_size}, or leave it out"

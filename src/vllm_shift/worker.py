@@ -191,7 +191,7 @@ class ShiftWorkerMixin(WorkerBase):
         return graph_memory(sum(map(self.switch.is_sp_step, sizes)), layers, self.switch.nccl_collectives())
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """As the stock worker; then attention splits keys only in steps that a full CUDA graph may run."""
+        """As the stock worker; then attention is told up to which step to split keys, see ``limit_splits``."""
         super().initialize_from_config(kv_cache_config)
         limit_splits(self.model_runner, self.vllm_config)
 
@@ -424,7 +424,7 @@ def graph_memory(sizes: int, layers: int, collectives: int) -> int:
 
 
 def limit_splits(model_runner: Any, vllm_config: Any) -> None:
-    """Let attention split keys over 32 parts only in steps that a full CUDA graph may run, as those that decode.
+    """Let attention split keys over 32 parts up to the largest step only that a full CUDA graph may run.
 
     FlashAttention 3 does so in each step up to the largest CUDA graph size, and keeps what the parts give: float32 [32,
     heads of a rank, tokens, head size], up to 1 GiB with the sizes of SP mode, which no profile sees. In larger steps
