@@ -450,12 +450,17 @@ def test_other_keys_of_additional_config_stay(llama):
         ({"disable_log_stats": True}, False),
         ({"_api_process_count": 2, "_api_process_rank": 1}, False),
         ({"_api_process_count": 2, "_api_process_rank": -1}, True),
+        ({"nnodes": 2, "node_rank": 1, "distributed_executor_backend": "mp"}, False),
+        ({"distributed_executor_backend": "external_launcher", "RANK": "0"}, True),
+        ({"distributed_executor_backend": "external_launcher", "RANK": "1"}, False),
     ],
 )
 def test_the_process_that_has_the_engines_publishes(llama, monkeypatch, given, publishes):
     published = []
     monkeypatch.setattr(translate, "publish", published.append)
-    config = create(llama, **SHIFT, **given)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # which vLLM sets to 0 with external_launcher
+    monkeypatch.setenv("RANK", given.get("RANK", "1"))
+    config = create(llama, **SHIFT, **{name: value for name, value in given.items() if name != "RANK"})
     assert published == ([config] if publishes else [])
 
 

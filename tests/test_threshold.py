@@ -39,6 +39,7 @@ def test_candidates_span_all_steps():
     assert candidates(300) == [1, 16, 32, 64, 128, 256, 300]
     assert candidates(1) == [1]
     assert candidates(16) == [1, 16]
+    assert candidates(20_000) == candidates(16_384) == [*candidates(8192), 16_384]
 
 
 @pytest.mark.parametrize("crossing", [100, 256, 700, 1500, 3000])

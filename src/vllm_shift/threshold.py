@@ -37,7 +37,11 @@ class StepTimes:
 
 
 def candidates(most: int) -> list[int]:
-    """Numbers of tokens to try: 1, powers of two from 16, and ``most``, the largest step of the engine."""
+    """Numbers of tokens to try: 1, powers of two from 16, and ``most``, the largest step of the engine.
+
+    None above 16,384, where a trial takes seconds, and the modes differ as they do there.
+    """
+    most = min(most, 16_384)
     powers = [2**power for power in range(4, most.bit_length())]
     return sorted({1, *powers, most})
 

@@ -82,7 +82,8 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
         of_this_engine = vllm_config.compute_hash()
         vllm_config.compilation_config.cache_dir = os.path.join(folder, f"shift-{of_this_engine}")
     # Of several API server processes none has the engines; their parent does.
-    if not engine_args.disable_log_stats and (engine_args._api_process_count == 1 or engine_args._api_process_rank < 0):
+    has_engines = engine_args._api_process_count == 1 or engine_args._api_process_rank < 0
+    if not engine_args.disable_log_stats and has_engines and _has_first_rank(vllm_config.parallel_config):
         publish(vllm_config)
     return vllm_config
 
@@ -121,6 +122,13 @@ def _local_engines(engine_args: Any) -> int:
         return 1
     local = engine_args.data_parallel_size_local
     return int(engine_args.data_parallel_size if local is None else local)
+
+
+def _has_first_rank(parallel_config: Any) -> bool:
+    """Whether rank 0 is in this process, or on its node."""
+    if parallel_config.distributed_executor_backend == "external_launcher":
+        return os.environ.get("RANK", "0") == "0"
+    return bool(parallel_config.node_rank == 0)
 
 
 def _check_devices(world_size: int, engine_args: Any) -> None:
