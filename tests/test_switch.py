@@ -388,14 +388,18 @@ def test_the_twins_are_told_their_tp_group(monkeypatch):
     assert told == ["", "tp:1"]
 
 
+def summing(custom_all_reduce):
+    return SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=custom_all_reduce))
+
+
 @pytest.mark.parametrize("through_peers", [True, False])
 @pytest.mark.parametrize(
     ("tp_group", "sums"),
     [
         (None, 0),
         (SimpleNamespace(device_communicator=None), 2),
-        (SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=SimpleNamespace(disabled=True))), 2),
-        (SimpleNamespace(device_communicator=SimpleNamespace(ca_comm=SimpleNamespace(disabled=False))), 0),
+        (summing(SimpleNamespace(disabled=True)), 2),
+        (summing(SimpleNamespace(disabled=False, fully_connected=True)), 0),
     ],
     ids=["T = 1", "none", "off", "on"],
 )

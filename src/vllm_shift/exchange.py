@@ -54,13 +54,12 @@ def custom_all_reduce(group: GroupCoordinator) -> Any:
     return getattr(group.device_communicator, "ca_comm", None)
 
 
-def why_not_direct(all_ranks: GroupCoordinator) -> str | None:
-    """Why GPUs do not reach each other's memory directly, for the log; None where they do.
+def why_not_direct(group: GroupCoordinator) -> str | None:
+    """Why GPUs of a group do not reach each other's memory directly, for the log; None where they do.
 
-    They do where vLLM's custom all-reduce runs: on one host, with NVLink between all ranks of vLLM's TP group, the
-    argument.
+    They do where vLLM's custom all-reduce runs: on one host, with NVLink between all ranks of the group.
     """
-    all_reduce = custom_all_reduce(all_ranks)
+    all_reduce = custom_all_reduce(group)
     if all_reduce is None or all_reduce.disabled:
         return "vLLM's custom all-reduce is off"
     if not all_reduce.fully_connected:

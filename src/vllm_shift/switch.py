@@ -21,7 +21,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_shift.compiled import CompiledTwins
 from vllm_shift.dims import ParallelDims
-from vllm_shift.exchange import custom_all_reduce, heads_to_tokens, qkv_widths, register_group, tokens_to_heads
+from vllm_shift.exchange import heads_to_tokens, qkv_widths, register_group, tokens_to_heads, why_not_direct
 from vllm_shift.gathered import Gather, gathered_modules, inside_gathered
 
 
@@ -80,10 +80,8 @@ class ModeSwitch:
     def nccl_collectives(self) -> int:
         """How many of NCCL a layer has in SP mode, of its two exchanges and, with T > 1, two sums below 8 MiB."""
         exchanges = 0 if self.through_peers else 2
-        if self._tp_group is None:
-            return exchanges
-        all_reduce = custom_all_reduce(self._tp_group)
-        return exchanges + (2 if all_reduce is None or all_reduce.disabled else 0)
+        sums = 0 if self._tp_group is None or why_not_direct(self._tp_group) is None else 2
+        return exchanges + sums
 
     @contextmanager
     def graph_capture(self) -> Iterator[None]:
