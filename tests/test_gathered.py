@@ -11,6 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.minimax_rms_norm import MiniMaxText01RMSNormTP
 
 from vllm_shift.gathered import Gather, gathered_modules
@@ -317,6 +318,18 @@ class Whole(nn.Module):
 def test_modules_that_mix_heads_are_found():
     assert [name for name, _ in gathered_modules(Whole())] == ["layers.1", "layers.3", "layers.4"]
     assert [name for name, _ in gathered_modules(NotOfHeads())] == ["mlp"]
+
+
+class Logits(LogitsProcessor):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def _gather_logits(self, logits):
+        return tensor_model_parallel_all_gather(logits)
+
+
+def test_logits_are_made_after_the_model():
+    assert list(gathered_modules(nn.Sequential(Logits()))) == []
 
 
 def test_weights_of_other_kinds_are_none_of_heads():

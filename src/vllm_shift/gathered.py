@@ -20,6 +20,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.minimax_rms_norm import MiniMaxText01RMSNormTP
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
@@ -66,8 +67,8 @@ def inside_gathered(model: nn.Module) -> set[nn.Module]:
 def _needs_all_tokens(module: nn.Module) -> bool:
     if isinstance(module, _CLASSES):
         return True
-    if isinstance(module, LinearBase | VocabParallelEmbedding | Attention | BaseLayerWithLoRA):
-        return False  # these have a way of their own to run in SP mode
+    if isinstance(module, LinearBase | VocabParallelEmbedding | Attention | BaseLayerWithLoRA | LogitsProcessor):
+        return False  # these have a way of their own to run in SP mode, or run after the model
     layers = sum(isinstance(child, AttentionLayerBase) for child in module.modules())
     if layers > 1:
         return False  # a whole model
