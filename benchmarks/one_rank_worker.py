@@ -4,6 +4,7 @@ vLLM sees an engine of one rank and a model whose heads, intermediate size and v
 """
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,12 +80,16 @@ class LocalGroup(SimpleNamespace):
     """In place of a process group: every collective is a copy as large as its result."""
 
     __hash__ = object.__hash__
+    device_communicator = None
 
     def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         return torch.cat([x] * self.world_size, dim)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x.clone()
+
+    def graph_capture(self, context: Any) -> AbstractContextManager[Any]:
+        return nullcontext(context)
 
 
 def local_all_to_all(received: torch.Tensor, x: torch.Tensor, group: Any) -> None:
@@ -109,3 +114,5 @@ class OneRankWorker(ShiftWorkerMixin, MeasuredWorker):
         self.switch = ModeSwitch(
             OneRankDims(sp, tp, 0), self.shift_config.max_tp_tokens, sp_group, tp_group if tp > 1 else None
         )
+        # Local copies take no memory of a CUDA graph.
+        self.switch.nccl_collectives = lambda: 0

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,7 +83,9 @@ class StagedCommunicator(CudaCommunicator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         DeviceCommunicatorBase.__init__(self, *args, **kwargs)
-        self.pynccl_comm = self.ca_comm = self.qr_comm = self.symm_mem_comm = self.fi_ar_comm = None
+        self.ca_comm = self.qr_comm = self.symm_mem_comm = self.fi_ar_comm = None
+        # The mode switch asks whether vLLM can reduce-scatter; here the method below does.
+        self.pynccl_comm: Any = SimpleNamespace(disabled=False)
         self.region = _regions[self.device_group] = Region(self.cpu_group)
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:

@@ -229,7 +229,8 @@ def main() -> None:
     flags = ["--tensor-parallel-size", "2"] if args.stock else shift
     with tempfile.TemporaryDirectory() as name:
         model = tiny.make_checkpoint("llama", Path(name))
-        with Victim([*flags, "--max-num-batched-tokens", "128"], model, free_ports(1), Path(name) / "s") as server:
+        flags += ["--max-num-batched-tokens", "128", "--max-model-len", "1024"]
+        with Victim(flags, model, free_ports(1), Path(name) / "s") as server:
             server.wait_until_ready()
             by_hand(server.url, ODD)
             if args.examples:

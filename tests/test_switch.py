@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -312,6 +313,20 @@ def test_what_graphs_read_is_noted_for_sp_mode_too(monkeypatch):
         assert capture_model() == 7
         noted = ["begin on the stream", "capture", "note what the graphs read"]
         assert events == (noted if tp_group else ["capture"])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_benchmark_of_one_rank_has_what_is_asked_of_groups(monkeypatch, tp):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from one_rank_worker import LocalGroup, OneRankDims
+
+    monkeypatch.setattr(switch_module.current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: "the stream")
+    sp_group, tp_group = (LocalGroup(unique_name=name, world_size=2, device_group=None) for name in ("sp", "rows"))
+    switch = ModeSwitch(OneRankDims(2, tp, 0), 8, sp_group, tp_group if tp > 1 else None)
+    with switch.graph_capture():
+        assert switch.nccl_collectives() == 2 * tp  # the worker says 0, as they are local copies
+    assert switch.all_reduce_tp(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_a_model_that_needs_reduce_scatters_does_not_start_without_them(monkeypatch):
