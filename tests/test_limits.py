@@ -22,11 +22,12 @@ SUPPORT = support_table.PAGE.read_text()
 def everything_unsupported(name):
     """A config whose every attribute asks for something; ``name`` says for which table."""
     model = SimpleNamespace(
-        is_multimodal_model=True, multimodal_config=SimpleNamespace(language_model_only=False),
+        is_multimodal_model=True, multimodal_config=SimpleNamespace(language_model_only=False, mm_encoder_only=True),
+        model_class_overrides={"LlamaForCausalLM": "mine:Llama"},
         is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
         using_transformers_backend=lambda: True, quantization="gguf", model_impl="terratorch", is_moe=True,
         hf_text_config=SimpleNamespace(rope_parameters={"full_attention": {"rope_type": "longrope"}}),
-        architecture="Qwen3NextForCausalLM",
+        architecture="Qwen3NextForCausalLM", is_deepseek_mla=True, use_mla=False,
     )  # fmt: skip
     speculative = SimpleNamespace(method="medusa", uses_dynamic_speculative_decoding=lambda: True)
     sizes = ("pipeline", "data", "prefill_context", "decode_context")
@@ -40,6 +41,7 @@ def everything_unsupported(name):
         ),
         lora_config=SimpleNamespace(fully_sharded_loras=True), speculative_config=speculative,
         weight_transfer_config=SimpleNamespace(backend="sparse_nccl"),
+        ec_transfer_config=SimpleNamespace(ec_connector="ECExampleConnector"),
         cache_config=SimpleNamespace(
             cache_dtype="fp8_e5m2", calculate_kv_scales=True, kv_sharing_fast_prefill=True
         ),
@@ -52,7 +54,7 @@ def everything_unsupported(name):
         ),
         observability_config=SimpleNamespace(enable_layerwise_nvtx_tracing=True),
         quant_config=SimpleNamespace(activation_scheme="dynamic", weight_block_size=None),
-        additional_config={"shift_parallel": {"tensor_parallel_size": 2}},
+        additional_config={"shift_parallel": {"tensor_parallel_size": 2, "self_check": True}},
     )  # fmt: skip
     return {"model": model, "engine": engine}[name]
 
@@ -66,6 +68,19 @@ def test_what_was_tried_on_the_cpu_only_is_refused_on_cuda():
         assert limit.found(config)
         config.device_config.device_type = "cpu"
         assert not limit.found(config)
+
+
+@pytest.mark.parametrize(
+    ("executor", "engines", "named"),
+    [("mp", "mp", None), ("ray", "mp", "ray"), ("mp", "ray", "ray"), ("uni", "mp", "uni")],
+)
+def test_data_parallelism_is_of_processes(executor, engines, named):
+    parallel = SimpleNamespace(
+        data_parallel_size=2, distributed_executor_backend=executor, data_parallel_backend=engines
+    )
+    table = tuple(limit for limit in limits.ENGINE_LIMITS if limit.name.startswith("data parallelism with executors"))
+    with pytest.raises(ValueError, match=rf"multiprocessing \({named}\)") if named else nullcontext():
+        limits.check(table, SimpleNamespace(parallel_config=parallel))
 
 
 @pytest.mark.parametrize(("version", "refused"), [("0", True), ("1", False)])
@@ -85,9 +100,10 @@ def test_rays_older_executor_is_refused(version, refused, monkeypatch):
 def test_every_row_of_the_table_refuses(table, name, monkeypatch):
     for variable in (
         "BATCH_INVARIANT", "LORA_ENABLE_DUAL_STREAM", "TUNED_CONFIG_FOLDER", "MOE_SKIP_PADDING", "USE_NCCL_SYMM_MEM",
-        "ALLREDUCE_USE_FLASHINFER", "USE_BREAKABLE_CUDAGRAPH",
+        "ALLREDUCE_USE_FLASHINFER", "USE_BREAKABLE_CUDAGRAPH", "MOE_ROUTING_SIMULATION_STRATEGY",
     ):  # fmt: skip
         monkeypatch.setenv(f"VLLM_{variable}", "1")
+    monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
     config = everything_unsupported(name)
     for limit in table:
         if name == "engine":
@@ -157,7 +173,8 @@ def test_what_is_allowed_is_known_to_vllm():
 def nothing_unsupported():
     """A config that asks for nothing special, of a model whose experts, if it has any, have scales of a checkpoint."""
     model = SimpleNamespace(
-        is_multimodal_model=False, multimodal_config=SimpleNamespace(language_model_only=False),
+        is_multimodal_model=False, is_deepseek_mla=True, use_mla=True, model_class_overrides={},
+        multimodal_config=SimpleNamespace(language_model_only=False, mm_encoder_only=False),
         is_encoder_decoder=False, runner_type="generate", is_attention_free=False,
         using_transformers_backend=lambda: False, quantization=None, model_impl="auto", is_moe=False,
         hf_text_config=SimpleNamespace(), architecture="LlamaForCausalLM", enable_return_routed_experts=False,
@@ -167,21 +184,21 @@ def nothing_unsupported():
     return SimpleNamespace(
         parallel_config=SimpleNamespace(
             **{f"{size}_parallel_size": 1 for size in sizes}, enable_eplb=False, use_ubatching=False,
-            distributed_executor_backend="mp", nnodes=1,
+            distributed_executor_backend="mp", data_parallel_backend="mp", nnodes=1,
         ),
         compilation_config=SimpleNamespace(
             pass_config=SimpleNamespace(enable_sp=False), mode=CompilationMode.VLLM_COMPILE,
             dynamic_shapes_config=SimpleNamespace(type="backed"),
         ),
         observability_config=SimpleNamespace(enable_layerwise_nvtx_tracing=False),
-        lora_config=None, speculative_config=None, weight_transfer_config=None,
+        lora_config=None, speculative_config=None, weight_transfer_config=None, ec_transfer_config=None,
         quant_config=SimpleNamespace(activation_scheme="static"),
         cache_config=SimpleNamespace(cache_dtype="auto", calculate_kv_scales=False, kv_sharing_fast_prefill=False),
         offload_config=SimpleNamespace(
             uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
         ),
         load_config=SimpleNamespace(load_format="auto"), device_config=SimpleNamespace(device_type="cuda"),
-        model_config=model, additional_config={"shift_parallel": {"tensor_parallel_size": 1}},
+        model_config=model, additional_config={"shift_parallel": {"tensor_parallel_size": 1, "self_check": True}},
     )  # fmt: skip
 
 
@@ -197,7 +214,7 @@ ASKED: dict[str, dict[str, Any]] = {
     },
     "replicas": {"parallel_config.data_parallel_size": 2},
     "nodes": {"parallel_config.nnodes": 2},
-    "tp": {"additional_config": {"shift_parallel": {"tensor_parallel_size": 2}}},
+    "tp": {"additional_config": {"shift_parallel": {"tensor_parallel_size": 2, "self_check": True}}},
     "moe": {"model_config.is_moe": True},
     "fp8": {"model_config.quantization": "fp8"},
     "lora": {"lora_config": SimpleNamespace(fully_sharded_loras=False)},
@@ -214,6 +231,9 @@ ASKED: dict[str, dict[str, Any]] = {
     "offload": {"offload_config.prefetch.offload_group_size": 4},
     "transformers": {"model_config.using_transformers_backend": lambda: True},
     "longrope": {"model_config.hf_text_config.rope_parameters": {"rope_type": "longrope"}},
+    "unchecked": {"additional_config": {"shift_parallel": {"tensor_parallel_size": 1, "self_check": False}}},
+    "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": {},
+    "VLLM_MARLIN_INPUT_DTYPE=int8": {},
     "VLLM_MOE_SKIP_PADDING": {},
     "VLLM_TUNED_CONFIG_FOLDER": {},
     "VLLM_LORA_ENABLE_DUAL_STREAM": {},
@@ -229,6 +249,8 @@ REFUSED = {
     "replicas nodes": "data parallelism together with --nnodes",
     "moe replicas": "data parallelism of mixture-of-experts models",
     "moe VLLM_MOE_SKIP_PADDING": "experts that skip padding",
+    "moe VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "simulated routing to experts, with the self-check on",
+    "fp8 VLLM_MARLIN_INPUT_DTYPE=int8": "quantized inputs of INT4 layers",
     "lora moe": "LoRA of mixture-of-experts or quantized models",
     "lora fp8": "LoRA of mixture-of-experts or quantized models",
     "lora new": "LoRA of architectures not tested",
@@ -249,6 +271,7 @@ ALLOWED = [
     "traced eager",
     "images qwen",
     "images text",
+    "moe unchecked VLLM_MOE_ROUTING_SIMULATION_STRATEGY",
 ]
 
 
@@ -257,7 +280,8 @@ def test_nothing_else_is_refused(asked, monkeypatch):
     config = nothing_unsupported()
     for name in asked.split():
         if name.startswith("VLLM_"):
-            monkeypatch.setenv(name, "1")
+            variable, _, value = name.partition("=")
+            monkeypatch.setenv(variable, value or "1")
         for path, value in ASKED[name].items():
             *parents, last = path.split(".")
             setattr(reduce(getattr, parents, config), last, value)

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import vllm
 from rank_group import CASES, Group
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.model_executor import custom_op
@@ -314,6 +315,10 @@ def test_a_threshold_that_no_step_exceeds_is_named(llama, caplog_vllm):
     assert "SP mode will never run" not in caplog_vllm.text
     create(llama, shift_parallel_threshold=128, max_num_batched_tokens=128, **SHIFT)
     assert "SP mode will never run: the threshold of 128 tokens" in caplog_vllm.text
+    # vLLM keeps room for what a draft model adds.
+    caplog_vllm.clear()
+    create(llama, shift_parallel_threshold=100, max_num_batched_tokens=128, max_num_scheduled_tokens=100, **SHIFT)
+    assert "not below those of the largest step, 100" in caplog_vllm.text
 
 
 def test_more_ranks_than_numa_nodes_is_refused_with_its_remedy(llama, monkeypatch):
@@ -362,8 +367,16 @@ def test_versions_agree():
         (100, 65536, 4096, True, [100]),
     ],
 )
-def test_a_config_gains_cuda_graph_sizes(threshold, most, hidden, chosen_by_user, more):
-    compilation = SimpleNamespace(cudagraph_capture_sizes=[*STOCK_SIZES], max_cudagraph_capture_size=512)
+@pytest.mark.parametrize("full", [False, True])
+def test_a_config_gains_cuda_graph_sizes(threshold, most, hidden, chosen_by_user, more, full):
+    compilation = SimpleNamespace(
+        cudagraph_capture_sizes=[*STOCK_SIZES], max_cudagraph_capture_size=512, compile_sizes=[16, 1000, 8000],
+        cudagraph_mode=CUDAGraphMode.FULL if full else CUDAGraphMode.FULL_AND_PIECEWISE,
+    )  # fmt: skip
+    if full:  # no larger ones, where attention would split keys
+        more = [100] if threshold == 100 else []
+    elif more and more[-1] >= 1000:
+        more = sorted({*more, 1000})
     scheduler = SimpleNamespace(max_num_batched_tokens=most)
     model = SimpleNamespace(get_hidden_size=lambda: hidden)
     config = SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler, model_config=model)

@@ -13,6 +13,7 @@ import torch
 from mutations import MUTATIONS_OF_QUANTIZED
 from quantize import BLOCK, FORMS, FP8_MAX
 from rank_group import QUANTIZED, assert_same
+from test_early import bare
 from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels import linear as kernels
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
@@ -24,7 +25,7 @@ from vllm.platforms import PlatformEnum
 
 from vllm_shift import layers
 from vllm_shift.dims import ParallelDims
-from vllm_shift.quantized import check_method
+from vllm_shift.quantized import WholeLinear, check_method, quantizes_inputs
 
 HIDDEN, HEADS, KV_HEADS, HEAD, MIDDLE = 256, 8, 4, 32, 512
 KINDS = ("qkv", "gate_up", "down")
@@ -221,6 +222,19 @@ def test_a_layer_that_stops_shifting_keeps_its_shard_alone(form):
     assert torch.equal(product(layer, x), expected)
     for parameter in layer.parameters():
         assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+@pytest.mark.parametrize(
+    ("method", "use_w4a8", "quantizes"),
+    [
+        ("CompressedTensorsW8A8Int8", False, True),
+        ("AutoGPTQLinearMethod", False, False),
+        ("AutoGPTQLinearMethod", True, True),  # on a CPU with AMX
+    ],
+)
+def test_whether_inputs_are_quantized(method, use_w4a8, quantizes):
+    whole = bare(WholeLinear, method=type(method, (), {})(), use_w4a8=use_w4a8)
+    assert quantizes_inputs(torch.nn.Sequential(torch.nn.Identity(), whole)) is quantizes
 
 
 def test_other_methods_are_refused_by_name():

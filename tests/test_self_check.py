@@ -45,7 +45,7 @@ def test_prompts_respect_the_engine():
 def test_a_check_that_has_no_room_is_announced(caplog_vllm):
     check = object.__new__(SelfCheck)
     check._worker = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_scheduled_tokens=None, max_num_seqs=8),
         model_config=SimpleNamespace(max_model_len=512, architecture="LlamaForCausalLM"), rank=0,
     )  # fmt: skip
     check._switch = SimpleNamespace(max_tp_tokens=256, dims=SimpleNamespace(sp=2))
@@ -58,8 +58,10 @@ def test_a_check_that_has_no_room_is_announced(caplog_vllm):
     check._worker.model_config.architecture = "NewForCausalLM"
     with pytest.raises(RuntimeError, match="NewForCausalLM is not among the tested architectures and needs one"):
         check.run()
-    check._switch.max_tp_tokens = 512  # no step runs in SP mode
-    assert not check.run()
+    for most_scheduled, threshold in ((None, 512), (256, 256)):  # no step runs in SP mode
+        check._worker.scheduler_config.max_num_scheduled_tokens = most_scheduled
+        check._switch.max_tp_tokens = threshold
+        assert not check.run()
     assert not caplog_vllm.text
 
 

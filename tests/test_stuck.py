@@ -34,8 +34,11 @@ class BusyDevice(CpuDevice):
 @contextmanager
 def watch(device=CpuDevice):
     found = StuckStepWatch(3, device, LIMIT)
+    thread = next(each for each in reversed(threading.enumerate()) if each.name == "StuckStepWatch")
     yield found
     found.close()
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 def wait_for(caplog, count):

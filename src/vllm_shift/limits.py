@@ -152,6 +152,17 @@ MODEL_LIMITS = (
         lambda model: _takes_more_than_text(model) and _not_in(model.architecture, MULTIMODAL_ARCHITECTURES),
         f"set --language-model-only, or use one of {', '.join(MULTIMODAL_ARCHITECTURES)}",
     ),
+    Limit(
+        "encoders of images without their language model",
+        lambda model: model.is_multimodal_model and model.multimodal_config.mm_encoder_only,
+        "start stock vLLM for them, or leave out --mm-encoder-only",
+    ),
+    Limit(
+        # They go by the names of architectures that were tested.
+        "model classes in the place of vLLM's own",
+        lambda model: ", ".join(model.model_class_overrides),
+        "register the class under an architecture of its own, or leave out --model-class-overrides",
+    ),
     Limit("encoder-decoder models", lambda model: model.is_encoder_decoder, "use a decoder-only model"),
     Limit(
         "pooling models of architectures not tested",
@@ -163,6 +174,12 @@ MODEL_LIMITS = (
         "Qwen3-Next, Qwen3.5 and HunYuan V3 models",
         lambda model: model.architecture in COUNT_ROWS and model.architecture,
         "use stock vLLM's tensor parallelism: leave out --ulysses-sequence-parallel-size",
+    ),
+    Limit(
+        # The layers that expand its latent vectors would be given those of a rank, and positions of all slots.
+        "multi-head latent attention without its kernels",
+        lambda model: model.is_deepseek_mla and not model.use_mla,
+        "unset VLLM_MLA_DISABLE",
     ),
     Limit(
         "quantization methods other than FP8, compressed-tensors, AWQ and GPTQ",
@@ -227,9 +244,12 @@ ENGINE_LIMITS = (
         "data parallelism with executors other than multiprocessing",
         lambda config: (
             _above_one(config, "data_parallel_size")
-            and _not_in(config.parallel_config.distributed_executor_backend, ("mp",))
+            and (
+                _not_in(config.parallel_config.distributed_executor_backend, ("mp",))
+                or _not_in(config.parallel_config.data_parallel_backend, ("mp",))
+            )
         ),
-        "use --distributed-executor-backend mp",
+        "use --distributed-executor-backend mp and --data-parallel-backend mp",
     ),
     Limit(
         "data parallelism together with --nnodes",
@@ -262,6 +282,22 @@ ENGINE_LIMITS = (
         "experts that quantize a step's tokens with one FP8 scale",
         _experts_share_a_scale,
         "use a checkpoint with scales by blocks, or one of compressed-tensors",
+    ),
+    Limit(
+        # Random, so that it differs between the modes.
+        "simulated routing to experts, with the self-check on",
+        lambda config: (
+            config.model_config.is_moe
+            and config.additional_config[CONFIG_KEY]["self_check"]
+            and envs.VLLM_MOE_ROUTING_SIMULATION_STRATEGY
+        ),
+        'unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY, or set additional_config["shift_parallel"]["self_check"] to false',
+    ),
+    Limit(
+        # Not tried: the self-check takes the inputs of INT4 layers for 16 bits.
+        "quantized inputs of INT4 layers",
+        lambda config: config.model_config.quantization and envs.VLLM_MARLIN_INPUT_DTYPE,
+        "unset VLLM_MARLIN_INPUT_DTYPE",
     ),
     Limit(
         "returning the experts that tokens were routed to",
@@ -379,6 +415,11 @@ ENGINE_LIMITS = (
         "weight offloading",
         lambda config: config.offload_config.uva.cpu_offload_gb or config.offload_config.prefetch.offload_group_size,
         "leave out --cpu-offload-gb and --offload-group-size",
+    ),
+    Limit(
+        "encoder cache connectors",
+        lambda config: config.ec_transfer_config and config.ec_transfer_config.ec_connector,
+        "leave out --ec-transfer-config",
     ),
     Limit(
         "weight transfer other than of whole checkpoints",

@@ -52,7 +52,8 @@ def check_method(layer: Any) -> None:
 def quantizes_inputs(model: nn.Module) -> bool:
     """Whether a layer of the model quantizes its input, so that the modes round differently."""
     wholes = [module for module in model.modules() if isinstance(module, WholeLinear)]
-    return any(METHODS[method_name(whole, whole.method)] for whole in wholes)
+    # vLLM's kernels of INT4 on CPUs with AMX do, whatever the method.
+    return any(METHODS[method_name(whole, whole.method)] or getattr(whole, "use_w4a8", False) for whole in wholes)
 
 
 class WholeLinear(LinearBase):

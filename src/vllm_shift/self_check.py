@@ -46,6 +46,7 @@ from vllm_shift.rounding import (
     relative_error,
 )
 from vllm_shift.switch import ModeSwitch
+from vllm_shift.threshold import most_step_tokens
 
 if TYPE_CHECKING:
     from vllm_shift.peers import PeerMemory
@@ -183,14 +184,14 @@ class SelfCheck:
         lengths = prompt_lengths(
             threshold,
             self._switch.dims.sp,
-            scheduler.max_num_batched_tokens,
+            most_step_tokens(scheduler),
             scheduler.max_num_seqs,
             longest,
             lambda found: sum(map(len, self._blocks(found))) < self._runner.kv_cache_config.num_blocks,
             TOKENS_PER_RANK_OUTLIERS if self._share else TOKENS_PER_RANK,
         )
         if lengths is None:
-            if scheduler.max_num_batched_tokens > threshold:
+            if most_step_tokens(scheduler) > threshold:
                 self._report_no_room(threshold + 1, scheduler.max_num_seqs)
             return False
         with self._without_kv_connector():

@@ -36,6 +36,16 @@ class StepTimes:
     sp_ms: float
 
 
+def most_step_tokens(scheduler_config: Any) -> int:
+    """Tokens of the largest step that is scheduled.
+
+    Fewer than a step may compute where vLLM keeps room for tokens that a draft model adds to each request, or where the
+    user says so (``max_num_scheduled_tokens``).
+    """
+    tokens: int = scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens
+    return tokens
+
+
 def candidates(most: int) -> list[int]:
     """Numbers of tokens to try: 1, powers of two from 16, and ``most``, the largest step of the engine.
 

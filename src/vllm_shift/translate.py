@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import envs
+from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -19,6 +20,7 @@ from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.limits import ENGINE_LIMITS, MODEL_LIMITS, UNCHECKED_LIMITS, check, check_model_shape
 from vllm_shift.metrics import publish
 from vllm_shift.owner import name_owner
+from vllm_shift.threshold import most_step_tokens
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -67,10 +69,10 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     stock_args.create_model_config = create_model_config
     vllm_config = stock_create(stock_args, *args, **kwargs)
     check(ENGINE_LIMITS, vllm_config)
-    most = vllm_config.scheduler_config.max_num_batched_tokens
+    most = most_step_tokens(vllm_config.scheduler_config)
     if not config.is_auto and config.max_tp_tokens >= most:
         logger.warning(
-            "SP mode will never run: the threshold of %d tokens is not below max_num_batched_tokens, %d.",
+            "SP mode will never run: the threshold of %d tokens is not below those of the largest step, %d.",
             config.max_tp_tokens,
             most,
         )
@@ -227,9 +229,14 @@ def _set_graph_sizes(vllm_config: Any, config: ShiftConfig, chosen_by_user: bool
     compilation = vllm_config.compilation_config
     stock = compilation.cudagraph_capture_sizes
     worthwhile = most_graph_tokens(vllm_config.model_config.get_hidden_size(), config.world_size)
-    most = min(vllm_config.scheduler_config.max_num_batched_tokens, worthwhile)
+    extend_to = min(vllm_config.scheduler_config.max_num_batched_tokens, worthwhile)
+    if chosen_by_user or compilation.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
+        # Attention would split keys in all of them, which costs time and memory (limit_splits in worker.py).
+        extend_to = 0
     # A threshold that is measured later becomes one of the sizes.
-    sizes = graph_sizes(stock, 0 if config.is_auto else config.max_tp_tokens, 0 if chosen_by_user else most)
+    sizes = graph_sizes(stock, 0 if config.is_auto else config.max_tp_tokens, extend_to)
+    # vLLM's V1 model runner wants each size that is compiled for itself among them, up to the largest.
+    sizes = sorted({*sizes, *(size for size in compilation.compile_sizes or () if stock[-1] < size <= sizes[-1])})
     if sizes != stock:
         compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, sizes[-1]
         logger.info("CUDA graph sizes gain %s for Shift Parallelism.", sorted(set(sizes) - set(stock)))
