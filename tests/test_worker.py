@@ -95,6 +95,27 @@ def test_the_watch_of_a_worker_that_is_deleted_ends():
     assert watch._closed.is_set()
 
 
+@pytest.mark.parametrize(("seconds", "patience"), [(None, 2), (60, 57), (1, 0)])
+def test_a_busy_device_has_as_long_as_vllm_gives_workers(monkeypatch, seconds, patience):
+    class Worker(ShiftWorkerMixin, WorkerBase):
+        def __init__(self):
+            self.rank, self._shift_groups = 1, []
+            self.parallel_config = SimpleNamespace(distributed_executor_backend="mp")
+            self.shift_counter = SimpleNamespace(close=lambda: None)
+            self._watch = SimpleNamespace(close=lambda: None, device_ends_within=self.device_ends_within)
+
+        def device_ends_within(self, limit):
+            self.asked = limit
+            return True
+
+    if seconds is not None:
+        monkeypatch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", str(seconds))
+    monkeypatch.setattr(WorkerBase, "shutdown", lambda self: None)
+    worker = Worker()
+    worker.shutdown()
+    assert worker.asked == patience
+
+
 class DrawingSelfCheck:
     """Its requests draw seeds, as those of vLLM's V2 model runner do."""
 

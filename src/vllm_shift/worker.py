@@ -45,8 +45,9 @@ logger = init_logger(f"vllm.{__name__}")
 START_GRACE = 10
 # Seconds in which a rank may end in order after a step that failed, before others see their time-outs.
 STEP_GRACE_CUDA, STEP_GRACE_CPU = 2, 4
-# Seconds that a device may be busy once the engine ends, and those that the process has left then.
-SHUTDOWN_PATIENCE, SHUTDOWN_GRACE = 2, 1
+# Seconds before vLLM's executor runs out of patience at which a worker that ends stops waiting for its device, and how
+# many it has then.
+SHUTDOWN_MARGIN, SHUTDOWN_GRACE = 3, 1
 
 
 class ShiftWorkerMixin(WorkerBase):
@@ -374,8 +375,9 @@ class ShiftWorkerMixin(WorkerBase):
         """As the stock worker; then our process groups, where no CUDA graph may still hold their communicators."""
         self.shift_counter.close()
         self._watch.close()
-        if self._end_is_noticed and not self._watch.device_ends_within(SHUTDOWN_PATIENCE):
-            # The end of the model runner would wait, too, until the executor kills this process 9 s after it asked.
+        patience = max(0, envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS - SHUTDOWN_MARGIN)
+        if self._end_is_noticed and not self._watch.device_ends_within(patience):
+            # The end of the model runner would wait, too, until the executor kills this process.
             logger.error("Rank %d: the device is still busy, maybe with waiting for a rank that is gone.", self.rank)
             end_within(SHUTDOWN_GRACE)
         super().shutdown()
