@@ -250,7 +250,7 @@ REFUSED = {
     "moe replicas": "data parallelism of mixture-of-experts models",
     "moe VLLM_MOE_SKIP_PADDING": "experts that skip padding",
     "moe VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "simulated routing to experts, with the self-check on",
-    "fp8 VLLM_MARLIN_INPUT_DTYPE=int8": "quantized inputs of INT4 layers",
+    "fp8 VLLM_MARLIN_INPUT_DTYPE=int8": "quantized inputs of Marlin's kernels",
     "lora moe": "LoRA of mixture-of-experts or quantized models",
     "lora fp8": "LoRA of mixture-of-experts or quantized models",
     "lora new": "LoRA of architectures not tested",

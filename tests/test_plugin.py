@@ -318,7 +318,7 @@ def test_a_threshold_that_no_step_exceeds_is_named(llama, caplog_vllm):
     # vLLM keeps room for what a draft model adds.
     caplog_vllm.clear()
     create(llama, shift_parallel_threshold=100, max_num_batched_tokens=128, max_num_scheduled_tokens=100, **SHIFT)
-    assert "not below those of the largest step, 100" in caplog_vllm.text
+    assert "not below the largest step, 100 tokens" in caplog_vllm.text
 
 
 def test_more_ranks_than_numa_nodes_is_refused_with_its_remedy(llama, monkeypatch):
@@ -385,6 +385,12 @@ def test_a_config_gains_cuda_graph_sizes(threshold, most, hidden, chosen_by_user
     assert compilation.max_cudagraph_capture_size == compilation.cudagraph_capture_sizes[-1]
 
 
+@pytest.mark.parametrize("compiled", [[16], ["cudagraph_capture_sizes"]])
+def test_an_engine_without_cuda_graphs_gains_none(llama, compiled):
+    compilation = create(llama, compilation_config={"compile_sizes": compiled}, **SHIFT).compilation_config
+    assert not compilation.cudagraph_capture_sizes
+
+
 def test_cuda_graph_sizes_of_the_user_are_known_as_such(llama, monkeypatch):
     found = []
     monkeypatch.setattr(translate, "_set_graph_sizes", lambda config, shift, by_user: found.append(by_user))
@@ -447,7 +453,6 @@ def test_graph_sizes_have_no_hole_where_few_requests_decode(last):
 
 
 def test_graph_sizes_respect_the_user_and_the_token_budget():
-    assert graph_sizes([], 256, 8192) == []
     assert graph_sizes([1, 8], 256, 0) == [1, 8]
     assert graph_sizes([1, 512], 100, 1024)[-1] == 1024
 

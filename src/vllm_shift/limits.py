@@ -294,8 +294,8 @@ ENGINE_LIMITS = (
         'unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY, or set additional_config["shift_parallel"]["self_check"] to false',
     ),
     Limit(
-        # Not tried: the self-check takes the inputs of INT4 layers for 16 bits.
-        "quantized inputs of INT4 layers",
+        # Not tried, and the self-check takes the inputs of INT4 layers for unquantized.
+        "quantized inputs of Marlin's kernels",
         lambda config: config.model_config.quantization and envs.VLLM_MARLIN_INPUT_DTYPE,
         "unset VLLM_MARLIN_INPUT_DTYPE",
     ),

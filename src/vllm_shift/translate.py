@@ -72,7 +72,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
     most = most_step_tokens(vllm_config.scheduler_config)
     if not config.is_auto and config.max_tp_tokens >= most:
         logger.warning(
-            "SP mode will never run: the threshold of %d tokens is not below those of the largest step, %d.",
+            "SP mode will never run: the threshold of %d tokens is not below the largest step, %d tokens.",
             config.max_tp_tokens,
             most,
         )
@@ -204,13 +204,11 @@ def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[in
     than vLLM's default of 512, because a rank's share of a large step still takes longer to launch than to compute.
 
     Args:
-        stock: vLLM's sizes, ascending; empty when it captures none.
+        stock: vLLM's sizes, ascending.
         max_tp_tokens: the threshold; 0 for none to add.
         extend_to: largest size to add, 8192 at most. They lie 64 to 512 tokens apart; up to 512, where vLLM's sizes
             end earlier for want of requests that decode, 16.
     """
-    if not stock:
-        return []
     sizes = set(stock)
     larger = (
         *range(16, 513, 16),
@@ -228,10 +226,12 @@ def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[in
 def _set_graph_sizes(vllm_config: Any, config: ShiftConfig, chosen_by_user: bool) -> None:
     compilation = vllm_config.compilation_config
     stock = compilation.cudagraph_capture_sizes
+    if not stock:  # vLLM captures no graphs
+        return
     worthwhile = most_graph_tokens(vllm_config.model_config.get_hidden_size(), config.world_size)
     extend_to = min(vllm_config.scheduler_config.max_num_batched_tokens, worthwhile)
     if chosen_by_user or compilation.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
-        # Attention would split keys in all of them, which costs time and memory (limit_splits in worker.py).
+        # In full graphs attention would split keys, which costs time and memory (limit_splits in worker.py).
         extend_to = 0
     # A threshold that is measured later becomes one of the sizes.
     sizes = graph_sizes(stock, 0 if config.is_auto else config.max_tp_tokens, extend_to)
