@@ -14,7 +14,7 @@ from vllm.config import CUDAGraphMode
 from vllm_shift import calibrate, threshold
 from vllm_shift.dims import ParallelDims
 from vllm_shift.switch import ModeSwitch
-from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold, fit_to_graphs
+from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold, fit_to_graphs, padded_sizes
 
 MOST = 8192
 NCCL = (False, False)
@@ -207,6 +207,23 @@ def test_a_threshold_is_a_graph_size_up_to_the_last_of_them():
     assert fit_to_graphs(256, []) == 256
 
 
+@pytest.mark.parametrize(
+    ("mode", "drafts", "sizes"),
+    [
+        ("FULL_AND_PIECEWISE", 2, [1, 8, 256, 512]),
+        ("FULL", 2, [1, 8, 256, 512]),
+        ("FULL_DECODE_ONLY", 0, [1, 8, 256, 512]),
+        ("FULL_DECODE_ONLY", 2, [3, 9, 258]),  # and 513, which is more than the largest
+    ],
+)
+def test_steps_are_padded_to_what_graphs_are_made_of(mode, drafts, sizes):
+    compilation = SimpleNamespace(cudagraph_capture_sizes=[1, 8, 256, 512], cudagraph_mode=CUDAGraphMode[mode])
+    config = SimpleNamespace(compilation_config=compilation, num_speculative_tokens=drafts)
+    assert padded_sizes(config) == sizes
+    compilation.cudagraph_capture_sizes = None
+    assert padded_sizes(config) == []
+
+
 def test_the_crossing_is_where_the_lines_meet():
     steps = [StepTimes(1, 1, 4), StepTimes(16, 1, 2), StepTimes(64, 2, 1), StepTimes(256, 4, 1)]
     assert find_threshold(steps, MOST, []) == 32
@@ -257,6 +274,7 @@ def test_a_time_is_the_median_after_a_first_run(monkeypatch):
 def test_rank_0_decides_for_all_and_keeps_what_was_measured(vllm_config, monkeypatch):
     config, measured, messages = vllm_config(), [], []
     config.compilation_config.cudagraph_capture_sizes = SIZES
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     switch = SimpleNamespace(through_peers=False, early=False)
 
     def group(rank):

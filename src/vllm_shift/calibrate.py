@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_shift.switch import ModeSwitch
-from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold
+from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold, padded_sizes
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -44,7 +44,7 @@ def calibrate(model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> int:
         _free_workspaces()
         if cache:
             cache.save(times)
-    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
+    sizes = padded_sizes(vllm_config)
     threshold: int = group.broadcast_object(find_threshold(times, most, sizes) if cache else None, src=0)
     if cache:
         seconds = time.perf_counter() - begin

@@ -144,9 +144,9 @@ class SelfCheck:
         # A draft model writes that far beyond a prompt.
         self._drafts = speculative.num_speculative_tokens if speculative else 0
         self._pooling_task = None
-        if model_config.runner_type != "generate":  # which vLLM's V2 model runner cannot be asked
+        if model_config.runner_type != "generate":
             # The same on every rank, though vLLM's runners have them in the order of a set.
-            self._pooling_task = min(self._runner.get_supported_pooling_tasks(), default=None)
+            self._pooling_task = min(self._runner.get_supported_tasks(), default=None)
         # Without chunked prefill, as some ways of pooling need it, prompts are not split here either.
         self._whole_prompts = not worker.scheduler_config.enable_chunked_prefill
 

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from vllm import envs
+from vllm.config import CUDAGraphMode
 from vllm.config.utils import hash_factors
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.math_utils import round_up
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -84,6 +86,20 @@ def find_threshold(times: list[StepTimes], most: int, sizes: list[int]) -> int:
     part = advantage[before] / (advantage[before] - advantage[after])
     crossing = int(2 ** (tokens[before] + part * (tokens[after] - tokens[before])))
     return fit_to_graphs(crossing, sizes)
+
+
+def padded_sizes(vllm_config: Any) -> list[int]:
+    """Numbers of tokens that steps are padded to, those of CUDA graphs, ascending.
+
+    Where only decode steps have graphs, vLLM's V2 model runner makes them for multiples of a request's tokens, of which
+    there are several with speculative decoding (vllm/v1/worker/gpu/cudagraph_utils.py). V1 has changed its sizes.
+    """
+    compilation = vllm_config.compilation_config
+    sizes: list[int] = compilation.cudagraph_capture_sizes or []
+    if not sizes or compilation.cudagraph_mode.mixed_mode() != CUDAGraphMode.NONE:
+        return sizes
+    rounded = {round_up(size, 1 + vllm_config.num_speculative_tokens) for size in sizes}
+    return sorted(size for size in rounded if size <= sizes[-1])
 
 
 def fit_to_graphs(max_tp_tokens: int, sizes: list[int]) -> int:

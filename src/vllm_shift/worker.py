@@ -35,7 +35,7 @@ from vllm_shift.slots import Slots
 from vllm_shift.stats import StepCounter
 from vllm_shift.stuck import StuckStepWatch
 from vllm_shift.switch import ModeSwitch
-from vllm_shift.threshold import fit_to_graphs
+from vllm_shift.threshold import fit_to_graphs, padded_sizes
 from vllm_shift.timing import ClockMark, CpuDevice, CudaDevice, CudaMark
 from vllm_shift.translate import code_hash
 
@@ -239,10 +239,9 @@ class ShiftWorkerMixin(WorkerBase):
         return times
 
     def _fit_threshold_to_graphs(self) -> None:
-        # With speculative decoding vLLM's V1 model runner has made CUDA graph sizes multiples of a request's tokens.
-        sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or []
+        # With speculative decoding vLLM's model runners make CUDA graph sizes multiples of a request's tokens.
         wanted = self.switch.max_tp_tokens
-        self.switch.max_tp_tokens = fit_to_graphs(wanted, sizes)
+        self.switch.max_tp_tokens = fit_to_graphs(wanted, padded_sizes(self.vllm_config))
         if self.switch.max_tp_tokens != wanted and self.rank == 0:
             logger.warning(
                 "Shift Parallelism: steps of up to %d tokens, not %d, run in TP mode: %d is none of the CUDA graph "
