@@ -355,34 +355,31 @@ def test_versions_agree():
 
 
 @pytest.mark.parametrize(
-    ("threshold", "most", "hidden", "chosen_by_user", "more"),
+    ("threshold", "most", "hidden", "chosen_by_user", "more", "more_if_full"),
     [
-        (100, 1024, 4096, False, [100, *range(576, 1024, 64), 1024]),
-        ("auto", 1024, 4096, False, [*range(576, 1024, 64), 1024]),
+        (100, 1024, 4096, False, [100, *range(576, 1000, 64), 1000, 1024], [100]),
+        ("auto", 1024, 4096, False, [*range(576, 1000, 64), 1000, 1024], []),
         # 1,024 a rank; fewer in a wide model.
-        (256, 65536, 4096, False, [*range(576, 1024, 64), *range(1024, 2048, 128), 2048]),
-        (256, 65536, 1024, False, [*range(576, 1024, 64), *range(1024, 2048, 128), 2048]),
-        (256, 65536, 8192, False, [576, 640, 704, 768]),
-        (256, 65536, 16384, False, []),
-        (100, 65536, 4096, True, [100]),
+        (256, 65536, 4096, False, [*range(576, 1000, 64), 1000, *range(1024, 2048, 128), 2048], []),
+        (256, 65536, 1024, False, [*range(576, 1000, 64), 1000, *range(1024, 2048, 128), 2048], []),
+        (256, 65536, 8192, False, [576, 640, 704, 768], []),
+        (256, 65536, 16384, False, [], []),
+        (100, 65536, 4096, True, [100], [100]),
     ],
 )
-@pytest.mark.parametrize("full", [False, True])
-def test_a_config_gains_cuda_graph_sizes(threshold, most, hidden, chosen_by_user, more, full):
-    compilation = SimpleNamespace(
-        cudagraph_capture_sizes=[*STOCK_SIZES], max_cudagraph_capture_size=512, compile_sizes=[16, 1000, 8000],
-        cudagraph_mode=CUDAGraphMode.FULL if full else CUDAGraphMode.FULL_AND_PIECEWISE,
-    )  # fmt: skip
-    if full:  # no larger ones, where attention would split keys
-        more = [100] if threshold == 100 else []
-    elif more and more[-1] >= 1000:
-        more = sorted({*more, 1000})
+def test_a_config_gains_cuda_graph_sizes(threshold, most, hidden, chosen_by_user, more, more_if_full):
     scheduler = SimpleNamespace(max_num_batched_tokens=most)
     model = SimpleNamespace(get_hidden_size=lambda: hidden)
-    config = SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler, model_config=model)
-    translate._set_graph_sizes(config, ShiftConfig(1, 2, True, threshold), chosen_by_user)
-    assert sorted(set(compilation.cudagraph_capture_sizes) - set(STOCK_SIZES)) == more
-    assert compilation.max_cudagraph_capture_size == compilation.cudagraph_capture_sizes[-1]
+    # In full graphs of all steps attention would split keys in larger ones.
+    for mode, gained in ((CUDAGraphMode.FULL_AND_PIECEWISE, more), (CUDAGraphMode.FULL, more_if_full)):
+        compilation = SimpleNamespace(
+            cudagraph_capture_sizes=[*STOCK_SIZES], max_cudagraph_capture_size=512, cudagraph_mode=mode,
+            compile_sizes=[16, 1000, 8000],
+        )  # fmt: skip
+        config = SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler, model_config=model)
+        translate._set_graph_sizes(config, ShiftConfig(1, 2, True, threshold), chosen_by_user)
+        assert sorted(set(compilation.cudagraph_capture_sizes) - set(STOCK_SIZES)) == gained
+        assert compilation.max_cudagraph_capture_size == compilation.cudagraph_capture_sizes[-1]
 
 
 @pytest.mark.parametrize("compiled", [[16], ["cudagraph_capture_sizes"]])

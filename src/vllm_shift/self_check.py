@@ -178,20 +178,21 @@ class SelfCheck:
         """
         started = time.monotonic()
         scheduler, threshold = self._worker.scheduler_config, self._switch.max_tp_tokens
+        most = most_step_tokens(scheduler)
         longest = self._worker.model_config.max_model_len - 1
         if self._whole_prompts and threshold:
             longest = min(longest, threshold)  # for the steps in TP mode
         lengths = prompt_lengths(
             threshold,
             self._switch.dims.sp,
-            most_step_tokens(scheduler),
+            most,
             scheduler.max_num_seqs,
             longest,
             lambda found: sum(map(len, self._blocks(found))) < self._runner.kv_cache_config.num_blocks,
             TOKENS_PER_RANK_OUTLIERS if self._share else TOKENS_PER_RANK,
         )
         if lengths is None:
-            if most_step_tokens(scheduler) > threshold:
+            if most > threshold:
                 self._report_no_room(threshold + 1, scheduler.max_num_seqs)
             return False
         with self._without_kv_connector():
