@@ -32,6 +32,13 @@ def fp8_static(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     return parts | {"input_scale": torch.tensor(0.05)}, used
 
 
+def fp8_shared(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+    """One scale for all weights: in checkpoints of ModelOpt those that vLLM merges share theirs."""
+    scale = torch.tensor(0.02)
+    quantized = _fp8(weight, scale)
+    return {"weight": quantized, "weight_scale": scale, "input_scale": torch.tensor(0.05)}, quantized.float() * scale
+
+
 def fp8_channel(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     """One scale an output."""
     scale = weight.abs().amax(1, keepdim=True) / FP8_MAX
@@ -48,6 +55,18 @@ def fp8_block(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: weight.shape[0], : weight.shape[1]]
     quantized = _fp8(weight, wide)
     return {"weight": quantized, "weight_scale_inv": scale}, quantized.float() * wide
+
+
+def modelopt_channel(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+    """One scale an output, without a second dimension."""
+    parts, used = fp8_channel(weight)
+    return parts | {"weight_scale": parts["weight_scale"].squeeze(1)}, used
+
+
+def modelopt_block(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+    """One scale a block of 128 x 128, in four dimensions."""
+    parts, used = fp8_block(weight)
+    return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"][:, None, :, None]}, used
 
 
 def int8(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
@@ -109,6 +128,8 @@ def _compressed_tensors(form: str, weights: dict, activations: dict | None) -> d
 
 
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
+_MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+_FP8_CACHE = {"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}
 
 # How a weight is stored, and the entry "quantization_config" of the checkpoint's config.
 FORMS: dict[str, tuple[Callable[[torch.Tensor], tuple[Parts, torch.Tensor]], dict]] = {
@@ -123,6 +144,10 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], tuple[Parts, torch.Tensor]], dic
             {"num_bits": 8, "type": "float"},
         ),
     ),
+    "modelopt": (fp8_static, _MODELOPT),
+    "modelopt-cache": (fp8_shared, _MODELOPT | _FP8_CACHE),
+    "modelopt-channel": (modelopt_channel, _MODELOPT | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}),
+    "modelopt-block": (modelopt_block, _MODELOPT | {"quant_algo": "FP8_PB_WO"}),
     "int8": (
         int8,
         _compressed_tensors(
@@ -154,6 +179,9 @@ def quantize_checkpoint(source: Path, form: str, folder: Path) -> Parts:
     for name, weight in weights.items():
         if weight.dim() == 2 and name.endswith("_proj.weight"):
             parts, used[name] = quantize(weight.float())
+            projection = name.split(".")[-2]
+            if "kv_cache_scheme" in config and projection in ("k_proj", "v_proj"):
+                parts[f"{projection[0]}_scale"] = weight.abs().amax().float() / 4
             stored |= {name.removesuffix("weight") + part: x.contiguous() for part, x in parts.items()}
         else:
             stored[name] = used[name] = weight

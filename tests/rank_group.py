@@ -87,25 +87,29 @@ def self_checks(model: str) -> list[dict]:
 
 # Forms of tests/quantize.py that vLLM's CPU build has kernels for.
 QUANTIZED = ("int8", "fp8-channel")
+# Forms and dtypes of engines that only start; ModelOpt's have no float32.
+QUANTIZED_CHECKS = [(form, dtype) for form in QUANTIZED for dtype in ("float32", "bfloat16")]
+QUANTIZED_CHECKS += [("modelopt-cache", "bfloat16")]
 
 
 def quantized(folder: Path) -> list[dict]:
     """Engines of a quantized Llama on two ranks: stock vLLM with TP=2 and in two stages of TP=1; ours; with bugs."""
     engines = []
     shift = {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True}
+    paths = {form: str(folder / f"llama-{form}") for form, _ in QUANTIZED_CHECKS}
+    for form, path in paths.items():
+        quantize_checkpoint(folder / "llama", form, Path(path))
     for form in QUANTIZED:
-        path = folder / f"llama-{form}"
-        quantize_checkpoint(folder / "llama", form, path)
-        model = {"model": str(path)}
+        model = {"model": paths[form]}
         engines += [
             {"name": f"{form}-stages", "args": model | {"pipeline_parallel_size": 2}, "thresholds": [None]},
             {"name": f"{form}-stock", "args": model | {"tensor_parallel_size": 2}, "thresholds": [None, None]},
             {"name": f"{form}-2x1", "args": model | shift, "thresholds": [0, NEVER]},
         ]
-        check = model | shift | {"shift_parallel_threshold": 20}
-        for dtype in ("float32", "bfloat16"):
-            engines.append({"name": f"check-{form}-{dtype}", "args": check | {"dtype": dtype}})
-    check = check | {"model": str(folder / "llama-int8"), "dtype": "bfloat16"}
+    check = shift | {"shift_parallel_threshold": 20}
+    for form, dtype in QUANTIZED_CHECKS:
+        engines.append({"name": f"check-{form}-{dtype}", "args": check | {"model": paths[form], "dtype": dtype}})
+    check |= {"model": paths["int8"], "dtype": "bfloat16"}
     return engines + [{"name": name, "args": check, "mutation": name} for name in MUTATIONS_OF_QUANTIZED]
 
 

@@ -121,6 +121,7 @@ def test_every_row_of_the_table_refuses(table, name, monkeypatch):
         ({"activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "fp8", False),
         ({}, "fp8_per_tensor", True),
         ({}, "compressed-tensors", False),
+        ({}, "modelopt", False),
     ],
 )
 def test_experts_with_one_scale_for_all_tokens_are_refused(quantization, method, refused):

@@ -285,6 +285,13 @@ def test_a_bad_config_is_refused(tmp_path, message):
         read_model(str(tmp_path))
 
 
+def test_a_quantized_checkpoint_whose_config_does_not_say_so_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(CommandError, match="does not describe quantization"):
+        read_model(str(tmp_path))
+
+
 def test_no_config_is_refused(tmp_path):
     (tmp_path / "deep").write_text("[" * 100_000)
     with pytest.raises(CommandError, match="is not JSON: maximum recursion"):

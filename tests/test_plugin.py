@@ -279,6 +279,7 @@ def test_the_compile_cache_tells_engines_apart(llama, tmp_path, monkeypatch):
     assert len({folder for folder, _ in found}) == len({config_hash for _, config_hash in found}) == 4
 
 
+NVFP4 = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 
 BAD = [
@@ -292,6 +293,7 @@ BAD = [
     ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, r"speculative decoding other than .*\(ngram_gpu\): use"),
     ({"speculative_config": NGRAM, "pipeline_parallel_size": 2}, "pipeline parallelism together with speculative"),
     ({"quantization": "experts_int8"}, r"quantization methods other than FP8, .* \(experts_int8\)"),
+    ({"dtype": "bfloat16", "hf_overrides": NVFP4}, r"quantization methods other than FP8, .* \(modelopt_fp4\)"),
     ({"model_impl": "transformers", "quantization": "fp8"}, r"models of transformers \(fp8\)"),
     ({"load_format": "sharded_state"}, r"load formats .*\(sharded_state\)"),
     ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mutations import MUTATIONS_OF_QUANTIZED
 from quantize import BLOCK, FORMS, FP8_MAX
-from rank_group import QUANTIZED, assert_same
+from rank_group import QUANTIZED, QUANTIZED_CHECKS, assert_same
 from test_early import bare
 from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels import linear as kernels
@@ -153,8 +153,8 @@ def slot_of(kind, out, world, slot):
 
 
 CASES = [(form, kind) for form in ("online", *FORMS) for kind in KINDS]
-# Its heads are smaller than a block.
-CASES.remove(("fp8-block", "qkv"))
+# Heads are smaller than a block.
+CASES = [case for case in CASES if case not in (("fp8-block", "qkv"), ("modelopt-block", "qkv"))]
 
 
 @pytest.mark.parametrize(("form", "kind"), CASES)
@@ -189,7 +189,7 @@ def test_both_modes_equal_vllms_layers(form, kind, sp, tp):
         assert torch.equal(product(ours, own), expected)
 
 
-@pytest.mark.parametrize("form", ["online", "fp8", "fp8-channel"])
+@pytest.mark.parametrize("form", ["online", "fp8", "fp8-channel", "modelopt", "modelopt-cache", "modelopt-channel"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_copy_where_the_format_can_be_sliced(form, kind):
     dims = ParallelDims(2, 1, 1)
@@ -256,8 +256,7 @@ def test_engines_equal_stock_vllm_of_their_tp_degree(groups, form):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("form", QUANTIZED)
+@pytest.mark.parametrize(("form", "dtype"), QUANTIZED_CHECKS)
 def test_quantized_engines_pass_the_self_check(groups, form, dtype):
     for rank, result in enumerate(groups(2).results):
         found = result[f"check-{form}-{dtype}"]

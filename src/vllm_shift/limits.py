@@ -70,6 +70,7 @@ QUANTIZATIONS = (
     "fp8_per_tensor",
     "gptq",
     "gptq_marlin",
+    "modelopt",  # FP8 only: of its other formats vLLM makes modelopt_fp4, modelopt_mxfp8 and modelopt_mixed
 )
 
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3")
@@ -182,7 +183,7 @@ MODEL_LIMITS = (
         "unset VLLM_MLA_DISABLE",
     ),
     Limit(
-        "quantization methods other than FP8, compressed-tensors, AWQ and GPTQ",
+        "quantization methods other than FP8, ModelOpt's FP8, compressed-tensors, AWQ and GPTQ",
         lambda model: _not_in(model.quantization, QUANTIZATIONS),
         f"use one of {', '.join(QUANTIZATIONS)}, or an unquantized checkpoint",
     ),

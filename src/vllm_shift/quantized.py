@@ -29,6 +29,9 @@ METHODS = {
     "CompressedTensorsWNA16": False,
     "Fp8LinearMethod": True,
     "Fp8PerTensorOnlineLinearMethod": True,
+    "ModelOptFp8LinearMethod": True,
+    "ModelOptFp8PbWoLinearMethod": True,
+    "ModelOptFp8PcPtLinearMethod": True,
 }
 
 
