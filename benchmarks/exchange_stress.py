@@ -53,6 +53,7 @@ class Rounds:
             return torch.randint(-most, most + 1, shape, device=group.device, generator=generator).float()
 
         self._qkv = whole_numbers(self._sp * WIDTH, HIDDEN, most=1)
+        self._bias = whole_numbers(self._sp * WIDTH, most=4)
         self._output = whole_numbers(self._sp * Q, OUT, most=1).t()
         # The same on all ranks, of which each takes its own.
         self.inputs = {
@@ -61,7 +62,7 @@ class Rounds:
 
     def _expect(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of the hidden states of all ranks [S, n, HIDDEN]: this rank's, its rows in the head view, and its output."""
-        heads = F.linear(x.flatten(0, 1), self._qkv).view(self._sp, -1, self._sp, WIDTH)
+        heads = F.linear(x.flatten(0, 1), self._qkv, self._bias).view(self._sp, -1, self._sp, WIDTH)
         output = F.linear(2 * heads[self._rank, :, :, :Q].flatten(1), self._output)
         return x[self._rank], heads[:, :, self._rank].flatten(0, 1), output
 
@@ -72,9 +73,9 @@ class Rounds:
         """One round: hidden states to heads and back, by the ops that may run beside products or by the others."""
         self._pause()
         if beside:
-            received = self._peers.product_to_heads(x, self._qkv, None)
+            received = self._peers.product_to_heads(x, self._qkv, self._bias)
         else:
-            q, k, v = F.linear(x, self._qkv).view(-1, WIDTH).split((Q, KV, KV), dim=-1)
+            q, k, v = F.linear(x, self._qkv, self._bias).view(-1, WIDTH).split((Q, KV, KV), dim=-1)
             received = self._peers.tokens_to_heads(q, k, v)
         self._pause()
         self.wrong += (received != heads).sum()
@@ -104,20 +105,20 @@ class Rounds:
 @contextmanager
 def planted(error: str, peers: PeerMemory) -> Iterator[None]:
     """Let an exchange make this error."""
-    buffers, wait = (peers._heads, peers._tokens), torch.cuda.Stream.wait_stream
-    streams = [buffer._stream for buffer in buffers]
+    buffers, wait = (peers._heads, peers._tokens), torch.cuda.Stream.wait_event
+    place = {"a copy does not wait for what it sends": "_ready", "a barrier does not wait for the copy": "_sent"}
+    ignored = [getattr(buffer, place[error]) for buffer in buffers if error in place]
 
-    def wait_stream(self: Any, other: Any) -> None:
-        on_copies = {"a copy does not wait for what it sends": self, "a barrier does not wait for the copy": other}
-        if on_copies.get(error) not in streams:
-            wait(self, other)
+    def wait_event(self: Any, event: Any) -> None:
+        if not any(event is each for each in ignored):
+            wait(self, event)
 
     if error == "no barrier":
         for buffer in buffers:
             buffer._handle = SimpleNamespace(barrier=lambda: None, get_buffer=buffer._handle.get_buffer)
     elif error == "one buffer for both directions":
         peers._tokens = peers._heads
-    with mock.patch.object(torch.cuda.Stream, "wait_stream", wait_stream):
+    with mock.patch.object(torch.cuda.Stream, "wait_event", wait_event):
         yield
 
 

@@ -33,8 +33,9 @@ def peers(monkeypatch):
 
 def without_streams(monkeypatch) -> None:
     """Let what runs on two CUDA streams run in the order in which it is issued."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_event=lambda event: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
 
@@ -237,8 +238,12 @@ def test_what_is_sent_is_there_before_it_is_read(peers, monkeypatch):
         def __init__(self, name):
             self.name = name
 
-        def wait_stream(self, other):
-            events.append(f"{self.name} stream waits for {other.name}")
+        def wait_event(self, event):
+            events.append(f"{self.name} stream waits for {event.place}")
+
+    class Event:
+        def record(self, stream):
+            self.place = f"{stream.name} after {events[-1]}"
 
     class Kernel:
         def __getitem__(self, grid):
@@ -247,7 +252,7 @@ def test_what_is_sent_is_there_before_it_is_read(peers, monkeypatch):
 
     here, buffer, write_rows = Stream("first"), exchange._peers[group]._heads, peers.write_rows
     get_buffer = buffer._handle.get_buffer
-    buffer._stream = Stream("second")
+    buffer._stream, buffer._ready, buffer._sent = Stream("second"), Event(), Event()
     buffer._handle.barrier = lambda: events.append("barrier")
     buffer._handle.get_buffer = lambda *args: events.append("send") or get_buffer(*args)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
@@ -255,8 +260,12 @@ def test_what_is_sent_is_there_before_it_is_read(peers, monkeypatch):
     buffer.exchange((torch.zeros(6, 4),), (2, 1, 1, 3))
     assert events == ["send", "barrier"]
     events.clear()
+    events.append("x")
     buffer.swap(torch.zeros(3, 4), lambda: events.append("product"))
-    assert events == ["second stream waits for first", "send", "product", "first stream waits for second", "barrier"]
+    assert events == [
+        "x", "second stream waits for first after x", "send",
+        "product", "first stream waits for second after send", "barrier",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("sp", [2, 3])

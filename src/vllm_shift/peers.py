@@ -94,6 +94,7 @@ class _Buffer:
         self._memory = symmetric_memory.empty(elements, dtype=dtype, device=group.device)
         self._targets = torch.empty(self._ranks, dtype=torch.int64, device=group.device)
         self._stream = torch.cuda.Stream(group.device)  # type: ignore[no-untyped-call]
+        self._ready, self._sent = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def meet(self, group: GroupCoordinator) -> None:
         """Learn the addresses of the others' buffers; all ranks of the group do so at the same time.
@@ -139,11 +140,14 @@ class _Buffer:
         """
         assert x.dtype == self._memory.dtype, x.dtype
         here = torch.cuda.current_stream()
-        self._stream.wait_stream(here)
+        # Not wait_stream, which makes and destroys an event each time: steps of 3,000 tokens wait for the host as it is.
+        self._ready.record(here)
+        self._stream.wait_event(self._ready)
         with torch.cuda.stream(self._stream):
             self._handle.get_buffer(1 - self._rank, x.shape, x.dtype).copy_(x)
+        self._sent.record(self._stream)
         result = meanwhile()
-        here.wait_stream(self._stream)
+        here.wait_event(self._sent)
         self._handle.barrier()
         return result, self._memory[: x.numel()].view(x.shape)
 
