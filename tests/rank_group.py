@@ -63,6 +63,10 @@ CASES = [
 ]
 
 
+# Of those that engines with sharpened attention have, too: in the first layer, and in the last.
+SHARP_MUTATIONS = ("wrong positions", "one stale slot")
+
+
 def self_checks(model: str) -> list[dict]:
     """Engines that only start: sound ones in every dtype and form, and ones with a bug."""
     args = {"model": model, "ulysses_sequence_parallel_size": 2}
@@ -82,7 +86,9 @@ def self_checks(model: str) -> list[dict]:
     for name in MUTATIONS:
         for dtype in ("float32", "bfloat16"):
             engines.append({"name": f"{name}-{dtype}", "args": args | shift | {"dtype": dtype}, "mutation": name})
-    return engines
+    sharp = args | shift | {"dtype": "float16", "model": f"{model}-sharp"}
+    engines.append({"name": "check-sharp", "args": sharp})
+    return engines + [{"name": f"{name}-sharp", "args": sharp, "mutation": name} for name in SHARP_MUTATIONS]
 
 
 # Forms of tests/quantize.py that vLLM's CPU build has kernels for.
@@ -182,6 +188,7 @@ class Group:
                 shift |= {"enable_shift_parallel": True}
                 engines.append({"name": f"{name}-{case.sp}x{case.tp}", "args": shift, "thresholds": thresholds})
         if world == 2 and not nightly:
+            tiny.sharpen(folder / "qwen3", folder / "qwen3-sharp")
             engines += self_checks(str(folder / "qwen3")) + quantized(folder)
         common = {
             "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 512,

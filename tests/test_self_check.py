@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mutations import MUTATIONS
-from rank_group import self_checks
+from rank_group import SHARP_MUTATIONS, self_checks
 from test_exchange import SimpleGroup
 
 from vllm_shift import rounding, self_check
@@ -88,15 +88,16 @@ def test_what_only_large_steps_do_is_checked_too(monkeypatch, swap_bytes, checks
         graphs = check._runner.cudagraph_manager._graphs_captured
         ran.append((check._switch.max_tp_tokens, check._switch.eager, graphs, peers and peers.swap_bytes))
 
-    check._process = process
-    check._compare = lambda *args: [Difference(f"layer {len(ran)}", 0, float(fails and len(ran) == 3), 0.5)]
+    check._process, check._amplify = process, lambda lengths: {}
+    check._compare = lambda *args: [Difference(f"layer {len(ran)}", 0, float(fails and len(ran) > 2), 0.5)]
     if fails and checks == 2:
-        with pytest.raises(RuntimeError, match="layer 3"):
+        with pytest.raises(RuntimeError, match="layer 4"):
             check._differences([4, 5])
     else:
         assert [each.place for each in check._differences([4, 5])] == ["layer 2", "layer 3"][:checks]
     # The reference, a step as it would be, and one in which everything is swapped, which its CUDA graph would not.
-    assert ran == [(8, False, True, swap_bytes)] * 2 + [(8, False, False, 0)] * (checks - 1)
+    # Once more where it fails, when it is known what rounding grows to.
+    assert ran == [(8, False, True, swap_bytes)] * 2 + [(8, False, False, 0)] * (checks - 1) * (1 + fails)
     assert peers is None or peers.swap_bytes == swap_bytes
     assert check._runner.cudagraph_manager._graphs_captured
 
@@ -183,6 +184,20 @@ def test_relative_error():
     assert relative_error(one_wrong, one_wrong, 0.25) == math.inf
 
 
+def test_what_a_rounding_grows_to_is_allowed_where_it_does():
+    check = check_in_bfloat16(sp=2, is_moe=False)
+    check._amplified = {"layers.1": 0.02, "layers.2": 1e-6, "layers.3": math.inf}
+    reference = torch.ones(100, 16)
+
+    def allowed(layer):
+        return check._difference(f"layers.{layer}", layer, reference, reference * 1.001, 0).allowed
+
+    assert [allowed(layer) for layer in range(4)] == [2 * 2**-7, 2 * 0.02, 6 * 2**-7, rounding.MOST_ALLOWED]
+    moved = rounding.round_otherwise(reference.bfloat16())
+    assert moved.unique().tolist() == [1, 1 + 2**-7]
+    assert reference.unique().tolist() == [1]
+
+
 def test_little_is_allowed_in_the_first_layers():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert allowed_error(dtype, 0) <= 0.016
@@ -214,6 +229,16 @@ def test_bugs_are_refused_on_every_rank_by_their_layer(groups, name, dtype):
     (message,) = refusals
     assert f"model.{layer}" in message
     assert "is the first to differ" in message
+
+
+@pytest.mark.engine
+def test_a_model_in_which_rounding_grows_is_told_from_a_bug(groups):
+    results = groups(2).results[0]
+    assert any("one rounding of the embeddings grows to" in line for line in results["check-sharp"]["lines"])
+    for name in SOUND:
+        assert name == "check-sharp" or not any("of the embeddings" in line for line in results[name]["lines"])
+    for name in SHARP_MUTATIONS:
+        assert "is the first to differ" in results[f"{name}-sharp"]["refused"]
 
 
 def test_quantization_allows_more_by_layer():

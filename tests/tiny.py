@@ -1,6 +1,7 @@
 """Tiny random checkpoints of each supported architecture, made with transformers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,16 @@ def make_checkpoint(name: str, folder: Path, seed: int = 0, **sizes: Any) -> Pat
     model.save_pretrained(path)
     _tokenizer().save_pretrained(path)
     return path
+
+
+def sharpen(source: Path, folder: Path) -> None:
+    """Copy a checkpoint with norms of queries and keys, attention so sharp that rounding grows in each layer."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            weights[name] *= 5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _random_model(auto_cls: Any, config: Any, seed: int) -> Any:

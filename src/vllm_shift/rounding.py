@@ -15,6 +15,10 @@ ROUNDINGS_PER_LAYER = 2
 LEAST_ALLOWED_PER_LAYER = 1e-4
 MOST_ALLOWED = 0.5
 
+# Where a rounding of the embeddings grows beyond that, so many times what it grows to is allowed: the modes round in
+# every layer, not in the first alone.
+AMPLIFIED_ROUNDINGS = 2
+
 # Triton multiplies float32 in TF32, unless told otherwise.
 TF32_EPSILON = 2**-10
 
@@ -51,16 +55,20 @@ def allowed_error(dtype: torch.dtype, layer: int, quantizes: bool = False, quant
         quantizes: whether linear layers quantize their inputs.
         quantizes_cache: whether the KV cache is quantized.
     """
-    epsilon = torch.finfo(dtype).eps
-    if current_platform.is_cuda():
-        epsilon = max(epsilon, TF32_EPSILON)
-    per_layer = max(ROUNDINGS_PER_LAYER * epsilon, LEAST_ALLOWED_PER_LAYER)
+    per_layer = max(ROUNDINGS_PER_LAYER * _epsilon(dtype), LEAST_ALLOWED_PER_LAYER)
     allowed = per_layer * (1 + layer)
     if quantizes:
         allowed = max(allowed, ALLOWED_BY_QUANTIZATION * math.sqrt(layer))
     if quantizes_cache:
         allowed += ALLOWED_BY_QUANTIZED_CACHE * math.sqrt(1 + layer)
     return min(allowed, MOST_ALLOWED)
+
+
+def round_otherwise(x: torch.Tensor) -> torch.Tensor:
+    """A copy of ``x`` [..., size] with every second value one rounding larger, as another order of sums has it."""
+    moved = x.clone()
+    moved[..., ::2] *= 1 + _epsilon(x.dtype)
+    return moved
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor, share: float) -> float:
@@ -85,6 +93,11 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor, share: float) ->
     heads = zip(errors.unbind(1), written.unbind(1), strict=True) if errors.dim() == 3 else [(errors, written)]
     of_heads = (of_head[kept] for of_head, kept in heads)
     return max(_all_but(share, of_head) for of_head in of_heads if len(of_head))
+
+
+def _epsilon(dtype: torch.dtype) -> float:
+    epsilon = torch.finfo(dtype).eps
+    return max(epsilon, TF32_EPSILON) if current_platform.is_cuda() else epsilon
 
 
 def _all_but(share: float, errors: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import is_quantized_kv_cache
@@ -37,6 +38,7 @@ from vllm_shift.layers import SlottedQKVParallelLinear
 from vllm_shift.limits import TESTED
 from vllm_shift.quantized import quantizes_inputs
 from vllm_shift.rounding import (
+    AMPLIFIED_ROUNDINGS,
     MOE_SHARE,
     MOST_ALLOWED,
     OUTLIER_SHARE,
@@ -44,6 +46,7 @@ from vllm_shift.rounding import (
     TOKENS_OF_A_PART,
     allowed_error,
     relative_error,
+    round_otherwise,
 )
 from vllm_shift.switch import ModeSwitch
 from vllm_shift.threshold import most_step_tokens
@@ -129,6 +132,9 @@ class SelfCheck:
         worker: the worker, its model loaded and warmed up.
         execute: the stock worker's ``execute_model``.
     """
+
+    # Measured by ``_amplify`` when the modes differ by more than is usual.
+    _amplified: dict[str, float] | None = None
 
     def __init__(self, worker: Any, execute: Callable[[SchedulerOutput], Any]) -> None:
         self._worker, self._runner, self._execute = worker, worker.model_runner, execute
@@ -236,11 +242,15 @@ class SelfCheck:
         def check() -> list[Difference]:
             # Compiled code rounds otherwise than eager code.
             layers_before = int(not threshold)
-            differences = self._compare(lengths, reference, self._process(lengths, _EVERYTHING), cache, layers_before)
-            first = _agree(next((difference for difference in differences if difference.fails), None))
-            if first is not None:
-                raise RuntimeError(self._explain(first, lengths))
-            return differences
+            while True:
+                found = self._process(lengths, _EVERYTHING)
+                differences = self._compare(lengths, reference, found, cache, layers_before)
+                first = _agree(next((difference for difference in differences if difference.fails), None))
+                if first is None:
+                    return differences
+                if self._amplified is not None:
+                    raise RuntimeError(self._explain(first, lengths))
+                self._amplified = self._amplify(lengths)
 
         differences = check()
         peers = peers_of(self._switch.group_name)
@@ -249,6 +259,36 @@ class SelfCheck:
             with self._mode(threshold, eager=False, graphs=False), _swapping_everything(peers):
                 differences += check()
         return differences
+
+    def _amplify(self, lengths: list[int]) -> dict[str, float]:
+        """How far one rounding of the embeddings moves what comes after it in TP mode, by place.
+
+        In most models by little more than it did at first; in a few it grows severalfold in each layer.
+        """
+        threshold = self._switch.max_tp_tokens or _EVERYTHING
+        with self._mode(threshold, eager=True):
+            reference = self._process(lengths, threshold)
+            cache = [(place, x.cpu()) for place, x in self._read_cache(lengths)]
+            hooks = [
+                module.register_forward_hook(lambda module, args, output: round_otherwise(output))
+                for module in self._runner.get_model().modules()
+                if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+            ]
+            try:
+                found = self._process(lengths, threshold)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            differences = self._compare(lengths, reference, found, cache, layers_before=0)
+        if self._worker.rank == 0:
+            worst = max(differences, key=lambda difference: difference.error)
+            logger.info(
+                "Shift Parallelism: the modes differ by more than rounding usually explains. Here one rounding of the "
+                "embeddings grows to %.1g (%s) in TP mode; the self-check allows twice as much as it grows to.",
+                worst.error,
+                worst.place,
+            )
+        return {difference.place: difference.error for difference in differences}
 
     @contextmanager
     def _without_kv_connector(self) -> Iterator[None]:
@@ -448,6 +488,8 @@ class SelfCheck:
         self, place: str, layer: int, expected: torch.Tensor, found: torch.Tensor, share: float
     ) -> Difference:
         allowed = allowed_error(self._dtype, layer, self._quantizes, self._quantizes_cache)
+        if self._amplified is not None:
+            allowed = max(allowed, min(AMPLIFIED_ROUNDINGS * self._amplified.get(place, 0.0), MOST_ALLOWED))
         most = Difference(place, layer, relative_error(expected, found, share), allowed)
         if not (share and self._bounds_outliers):
             return most
