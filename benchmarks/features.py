@@ -21,6 +21,12 @@ import shared_gpu
 import test_features
 import tiny
 import transformers
+from quantize import quantize_experts
+
+GPT_OSS = {
+    "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256, "pad_token_id": 0,
+    **tiny.LAYER_TYPES,
+}  # fmt: skip
 
 # Architectures that vLLM's CPU backend cannot run.
 CUDA_MODELS = {
@@ -35,12 +41,12 @@ CUDA_MODELS = {
         },
     ),
     # Attention sinks.
-    "gpt_oss": (
+    "gpt_oss": (transformers.GptOssConfig, GPT_OSS),
+    # Experts in MXFP4, which is for bfloat16 only; smaller weights, so that rounding grows less from layer to layer.
+    # Kernels pad these sizes, as those of published ones: 352 / P to a multiple of 64, 320 to one of 256 (Marlin).
+    "gpt_oss_mxfp4": (
         transformers.GptOssConfig,
-        {
-            "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256,
-            "pad_token_id": 0, **tiny.LAYER_TYPES,
-        },
+        GPT_OSS | {"hidden_size": 320, "intermediate_size": 352, "initializer_range": 0.05},
     ),
     # Mamba layers beside attention.
     "granite_hybrid": (
@@ -66,7 +72,11 @@ CUDA_MODELS = {
 
 def job_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The job of ``feature_main``, for this GPU."""
-    model = str(tiny.make_checkpoint(args.model, folder))
+    path = tiny.make_checkpoint(args.model, folder)
+    if args.model == "gpt_oss_mxfp4":
+        quantize_experts(path, folder / "mxfp4")
+        path = folder / "mxfp4"
+    model = str(path)
     features: dict[str, Any] = {"tokens": {"ask": "tokens", "args": {}}}
     if args.names != ["tokens"]:
         features |= test_features.features(model, folder)

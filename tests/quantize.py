@@ -12,6 +12,9 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 BLOCK = 128
 GROUP = 32
 
+# FP4 (E2M1) by its bits, without the sign.
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
 Parts = dict[str, torch.Tensor]
 
 
@@ -117,6 +120,23 @@ def gptq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     return {"qweight": _pack(quantized).t(), "qzeros": zeros, "scales": scale.t(), "g_idx": groups}, used
 
 
+def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """FP4 with a power of two as the scale of 32 inputs.
+
+    Returns:
+        Of [..., inputs]: values in pairs, the first one lower, [..., inputs/32, 16]; exponents of the scales plus 127,
+        [..., inputs/32]; and what they stand for.
+    """
+    groups = weight.unflatten(-1, (-1, GROUP))
+    # The largest value of a group becomes one from 4 to less than 8, of which those above 6 are 6.
+    exponents = groups.abs().amax(-1, keepdim=True).frexp().exponent - 3
+    scaled = groups.ldexp(-exponents)
+    values = (scaled.abs().unsqueeze(-1) - FP4).abs().argmin(-1)
+    used = FP4[values].copysign(scaled).ldexp(exponents).flatten(-2)
+    bits = (values + 8 * scaled.signbit()).to(torch.uint8)
+    return bits[..., ::2] | bits[..., 1::2] << 4, (exponents + 127).squeeze(-1).to(torch.uint8), used
+
+
 def _compressed_tensors(form: str, weights: dict, activations: dict | None) -> dict:
     group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False} | weights}
     if activations is not None:
@@ -174,7 +194,6 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], tuple[Parts, torch.Tensor]], dic
 def quantize_checkpoint(source: Path, form: str, folder: Path) -> Parts:
     """Write a quantized copy of a checkpoint of one file; returns the weights that it stands for, by their names."""
     quantize, config = FORMS[form]
-    shutil.copytree(source, folder)
     weights, stored, used = load_file(source / "model.safetensors"), {}, {}
     for name, weight in weights.items():
         if weight.dim() == 2 and name.endswith("_proj.weight"):
@@ -185,7 +204,28 @@ def quantize_checkpoint(source: Path, form: str, folder: Path) -> Parts:
             stored |= {name.removesuffix("weight") + part: x.contiguous() for part, x in parts.items()}
         else:
             stored[name] = used[name] = weight
+    _write(source, folder, stored, config)
+    return used
+
+
+def quantize_experts(source: Path, folder: Path) -> Parts:
+    """The same for gpt-oss, whose experts become MXFP4, as in its published checkpoints."""
+    weights, stored, used = load_file(source / "model.safetensors"), {}, {}
+    for name, weight in weights.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            # Unquantized they are [experts, inputs, outputs].
+            stored[f"{name}_blocks"], stored[f"{name}_scales"], whole = mxfp4(weight.transpose(1, 2).float())
+            used[name] = whole.transpose(1, 2)
+        else:
+            stored[name] = used[name] = weight
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    _write(source, folder, stored, {"quant_method": "mxfp4", "modules_to_not_convert": kept})
+    return used
+
+
+def _write(source: Path, folder: Path, stored: Parts, config: dict) -> None:
+    """A copy of a checkpoint with other weights, and how they are quantized."""
+    shutil.copytree(source, folder)
     save_file(stored, folder / "model.safetensors")
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
-    return used

@@ -218,6 +218,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "tp": {"additional_config": {"shift_parallel": {"tensor_parallel_size": 2, "self_check": True}}},
     "moe": {"model_config.is_moe": True},
     "fp8": {"model_config.quantization": "fp8"},
+    "mxfp4": {"model_config.quantization": "gpt_oss_mxfp4"},
+    "mxfp4-of-others": {"model_config.quantization": "mxfp4"},
     "lora": {"lora_config": SimpleNamespace(fully_sharded_loras=False)},
     "weights": {"weight_transfer_config": SimpleNamespace(backend="nccl")},
     "new": {"model_config.architecture": "NewForCausalLM"},
@@ -252,6 +254,9 @@ REFUSED = {
     "moe VLLM_MOE_SKIP_PADDING": "experts that skip padding",
     "moe VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "simulated routing to experts, with the self-check on",
     "fp8 VLLM_MARLIN_INPUT_DTYPE=int8": "quantized inputs of Marlin's kernels",
+    "mxfp4-of-others": (
+        "quantization methods other than FP8, ModelOpt's FP8, compressed-tensors, AWQ, GPTQ and MXFP4 of gpt-oss"
+    ),
     "lora moe": "LoRA of mixture-of-experts or quantized models",
     "lora fp8": "LoRA of mixture-of-experts or quantized models",
     "lora new": "LoRA of architectures not tested",
@@ -272,6 +277,7 @@ ALLOWED = [
     "traced eager",
     "images qwen",
     "images text",
+    "moe mxfp4",
     "moe unchecked VLLM_MOE_ROUTING_SIMULATION_STRATEGY",
 ]
 

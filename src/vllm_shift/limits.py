@@ -68,6 +68,7 @@ QUANTIZATIONS = (
     "compressed-tensors",
     "fp8",
     "fp8_per_tensor",
+    "gpt_oss_mxfp4",
     "gptq",
     "gptq_marlin",
     "modelopt",  # FP8 only: of its other formats vLLM makes modelopt_fp4, modelopt_mxfp8 and modelopt_mixed
@@ -183,7 +184,7 @@ MODEL_LIMITS = (
         "unset VLLM_MLA_DISABLE",
     ),
     Limit(
-        "quantization methods other than FP8, ModelOpt's FP8, compressed-tensors, AWQ and GPTQ",
+        "quantization methods other than FP8, ModelOpt's FP8, compressed-tensors, AWQ, GPTQ and MXFP4 of gpt-oss",
         lambda model: _not_in(model.quantization, QUANTIZATIONS),
         f"use one of {', '.join(QUANTIZATIONS)}, or an unquantized checkpoint",
     ),
