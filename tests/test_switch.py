@@ -238,6 +238,38 @@ def test_twins_run_in_sp_mode_only_and_not_eagerly(make, twins):
     assert twins.count("in") == 2
 
 
+class ReplacesABuffer(Model):
+    """As vLLM's rotary embeddings whose table has another dtype than the model, unless they are being traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(2), persistent=False)
+
+    def forward(self, input_ids, positions):
+        self.table = self.table.bfloat16()
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return input_ids.float().unsqueeze(-1)
+
+
+def test_steps_that_skip_what_is_compiled_leave_buffers_as_traces_know_them(make):
+    switch, _ = make(2, 0, 8)
+    switch.attach(model := ReplacesABuffer(), VLLM_CONFIG)
+    table = model.table
+    step(model, 9)
+    assert model.table is table
+    switch.eager = True
+    step(model, 8)
+    assert model.table is table
+    model.fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(model, 8)
+    assert model.table is table
+    switch.eager = model.fails = False
+    step(model, 8)
+    assert model.table.dtype == torch.bfloat16
+
+
 def test_padding_is_zero_after_a_larger_step(make):
     _, model = make(2, 1, 0)
     step(model, 64)
