@@ -8,6 +8,7 @@ import torch
 from mutations import MUTATIONS
 from rank_group import SHARP_MUTATIONS, self_checks
 from test_exchange import SimpleGroup
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_shift import rounding, self_check
 from vllm_shift.dims import ParallelDims
@@ -196,6 +197,33 @@ def test_what_a_rounding_grows_to_is_allowed_where_it_does():
     moved = rounding.round_otherwise(reference.bfloat16())
     assert moved.unique().tolist() == [1, 1 + 2**-7]
     assert reference.unique().tolist() == [1]
+
+
+def test_what_a_rounding_grows_to_is_measured_without_the_vectors_that_may_differ_more():
+    check = check_in_bfloat16(sp=2, is_moe=False)
+    check._switch = ModeSwitch(ParallelDims(2, 1, 0), 8, SimpleGroup(unique_name="sp"), None)
+    embedding = object.__new__(VocabParallelEmbedding)
+    torch.nn.Module.__init__(embedding)
+    embedding.forward = lambda x: x
+    check._runner = SimpleNamespace(
+        cudagraph_manager=SimpleNamespace(_graphs_captured=True), get_model=lambda: torch.nn.ModuleList([embedding])
+    )
+    check._worker = SimpleNamespace(rank=1)
+    ran = []
+
+    def process(lengths, most_tokens):
+        ran.append((check._switch.max_tp_tokens, check._switch.eager))
+        hidden = embedding(torch.ones(100, 16))
+        keys, values = hidden.clone(), 1 + 3 * (hidden - 1)
+        values[:5] *= len(ran)  # of a hundred, in the second run
+        check._read_cache = lambda lengths: [("layers.1", values), ("layers.1", keys)]
+        return keys
+
+    check._process = process
+    one = 2**-23 / math.sqrt(2)  # of every second value
+    assert check._amplify([50, 50]) == pytest.approx({"layers.1": 3 * one, "hidden states": one}, rel=0.1)
+    assert ran == [(8, True)] * 2
+    assert not embedding._forward_hooks
 
 
 def test_little_is_allowed_in_the_first_layers():
