@@ -254,7 +254,9 @@ class ReplacesABuffer(Model):
 
 def test_steps_that_skip_what_is_compiled_leave_buffers_as_traces_know_them(make):
     switch, _ = make(2, 0, 8)
-    switch.attach(model := ReplacesABuffer(), VLLM_CONFIG)
+    compiled = SimpleNamespace(mode=CompilationMode.DYNAMO_TRACE_ONCE)
+    config = SimpleNamespace(**vars(VLLM_CONFIG) | {"compilation_config": compiled})
+    switch.attach(model := ReplacesABuffer(), config)
     table = model.table
     step(model, 9)
     assert model.table is table
@@ -267,6 +269,13 @@ def test_steps_that_skip_what_is_compiled_leave_buffers_as_traces_know_them(make
     assert model.table is table
     switch.eager = model.fails = False
     step(model, 8)
+    assert model.table.dtype == torch.bfloat16
+
+
+def test_without_traces_a_buffer_is_replaced_once(make):
+    switch, _ = make(2, 0, 8)
+    switch.attach(model := ReplacesABuffer(), VLLM_CONFIG)
+    step(model, 9)
     assert model.table.dtype == torch.bfloat16
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed.parallel_state import GraphCaptureContext, GroupCoordinator
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -131,9 +131,10 @@ class ModeSwitch:
         tp_group = "" if self._tp_group is None else self._tp_group.unique_name
         self._twins = CompiledTwins(model, vllm_config, self.through_peers, tp_group)
         self._buffers: dict[str, torch.Tensor] = {}
-        # Of modules that run: some replace a buffer when they run as they are, and traces go by what it was.
-        self._module_buffers = [module._buffers for module in model.modules() if module._buffers]
-        self._kept_buffers: list[dict[str, torch.Tensor | None]] = []
+        # Some modules replace a buffer when they run as they are; traces, where vLLM makes any, go by what it was.
+        compiles = vllm_config.compilation_config.mode != CompilationMode.NONE
+        self._traced_buffers = [module._buffers for module in model.modules() if module._buffers and compiles]
+        self._kept_buffers: list[tuple[dict[str, Any], dict[str, Any]]] = []
         # A plain bool, because the hooks of attention layers are traced.
         self._keep_padding = bool(self._twins)
         model.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -157,7 +158,7 @@ class ModeSwitch:
         # What vLLM has compiled is a trace of TP mode, the twins are those of SP mode.
         if self.eager or (in_sp and not self._twins):
             get_forward_context().skip_compiled = True
-            self._kept_buffers = [dict(buffers) for buffers in self._module_buffers]
+            self._kept_buffers = [(buffers, dict(buffers)) for buffers in self._traced_buffers]
         if not in_sp:
             return None
         inputs: dict[str, Any] = {}
@@ -215,7 +216,7 @@ class ModeSwitch:
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the model: hidden states [n, h] of every rank become [N, h] on all of them."""
-        for buffers, kept in zip(self._module_buffers, self._kept_buffers, strict=False):
+        for buffers, kept in self._kept_buffers:
             buffers.update(kept)
         self._kept_buffers = []
         if not self.in_sp:
