@@ -236,24 +236,22 @@ class SelfCheck:
         threshold = self._switch.max_tp_tokens
         # An engine without a TP mode of its own has no trace and no CUDA graphs of it.
         with self._mode(threshold or _EVERYTHING, eager=not threshold):
-            reference = self._process(lengths, threshold or _EVERYTHING)
-            cache = [(place, x.cpu()) for place, x in self._read_cache(lengths)]
+            reference, cache = self._reference(lengths, threshold or _EVERYTHING)
+        # Compiled code rounds otherwise than eager code.
+        layers_before = int(not threshold)
+
+        def compare() -> list[Difference]:
+            found = self._process(lengths, _EVERYTHING)
+            return self._compare(lengths, reference, found, cache, layers_before)
 
         def check() -> list[Difference]:
-            # Compiled code rounds otherwise than eager code.
-            layers_before = int(not threshold)
-
-            def compare() -> list[Difference]:
-                found = self._process(lengths, _EVERYTHING)
-                return self._compare(lengths, reference, found, cache, layers_before)
-
             differences = compare()
-            first = _agree(next((difference for difference in differences if difference.fails), None))
+            first = _first_failing(differences)
             if first is not None and self._amplified is None:
                 self._amplified = self._amplify(lengths)
                 # What was found once counts, whatever another run finds.
                 differences = [self._allow_growth(difference) for difference in differences] + compare()
-                first = _agree(next((difference for difference in differences if difference.fails), None))
+                first = _first_failing(differences)
             if first is not None:
                 raise RuntimeError(self._explain(first, lengths))
             return differences
@@ -266,6 +264,11 @@ class SelfCheck:
                 differences += check()
         return differences
 
+    def _reference(self, lengths: list[int], most_tokens: int) -> tuple[Any, list[tuple[str, torch.Tensor]]]:
+        """What ``_process`` returns, and a copy of what the KV cache then holds, see ``_read_cache``."""
+        hidden = self._process(lengths, most_tokens)
+        return hidden, [(place, x.cpu()) for place, x in self._read_cache(lengths)]
+
     def _amplify(self, lengths: list[int]) -> dict[str, float]:
         """How far one rounding of the embeddings moves what comes after it in TP mode, by place.
 
@@ -274,8 +277,7 @@ class SelfCheck:
         """
         threshold = self._switch.max_tp_tokens or _EVERYTHING
         with self._mode(threshold, eager=True):
-            reference = self._process(lengths, threshold)
-            cache = [(place, x.cpu()) for place, x in self._read_cache(lengths)]
+            reference, cache = self._reference(lengths, threshold)
             hooks = [
                 module.register_forward_hook(lambda module, args, output: round_otherwise(output))
                 for module in self._runner.get_model().modules()
@@ -293,8 +295,11 @@ class SelfCheck:
             ]
             if reference is not None and found is not None:
                 grown.append(("hidden states", relative_error(reference, found, self._share)))
-        # Keys and values of a layer have one name.
-        amplified = {place: error for place, error in sorted(grown, key=lambda each: each[1]) if error < math.inf}
+        amplified: dict[str, float] = {}
+        for place, error in grown:
+            if error < math.inf:
+                # Keys and values of a layer have one name.
+                amplified[place] = max(error, amplified.get(place, 0.0))
         if self._worker.rank == 0 and amplified:
             worst = max(amplified, key=lambda place: amplified[place])
             logger.info(
@@ -594,7 +599,7 @@ class SelfCheck:
         finally:
             for hook in hooks:
                 hook.remove()
-        return _agree(next((difference for difference in differences if difference.fails), None))
+        return _first_failing(differences)
 
 
 @contextmanager
@@ -609,6 +614,11 @@ def _swapping_everything(peers: "PeerMemory") -> Iterator[None]:
 def _layer(name: str) -> int:
     """Number of the transformer layer that a module belongs to; 0 for what comes before all layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
+
+
+def _first_failing(differences: list[Difference]) -> Difference | None:
+    """The first on the rank that finds one in the lowest layer; the same on all ranks."""
+    return _agree(next((difference for difference in differences if difference.fails), None))
 
 
 def _agree(first: Difference | None) -> Difference | None:
