@@ -140,7 +140,7 @@ class _Buffer:
         """
         assert x.dtype == self._memory.dtype, x.dtype
         here = torch.cuda.current_stream()
-        # Not wait_stream, which makes and destroys an event each time: steps of 3,000 tokens wait for the host anyway.
+        # wait_stream makes and destroys an event each time, and steps of 3,000 tokens already wait for the host.
         self._ready.record(here)
         self._stream.wait_event(self._ready)
         with torch.cuda.stream(self._stream):

@@ -268,7 +268,7 @@ def _shape(config: dict[str, Any], path: Path) -> ModelShape:
         raise CommandError(
             f"{path}: the cost model does not describe architectures {names}; use one of {', '.join(ARCHITECTURES)}"
         )
-    # Checkpoints of ModelOpt may say so in a file of its own.
+    # Checkpoints of ModelOpt may say so in a file of their own.
     if config.get("quantization_config") or path.with_name("hf_quant_config.json").exists():
         raise CommandError(f"{path}: the cost model does not describe quantization; use an unquantized checkpoint")
     windows = config.get("sliding_window") and config.get("use_sliding_window") is not False
