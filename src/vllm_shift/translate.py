@@ -192,9 +192,9 @@ def most_graph_tokens(hidden_size: int, world_size: int) -> int:
 
     Launching takes about 1.1 ms a layer, whatever its size. Running goes with the square of the hidden size: where that
     is 8,192, it takes as long at 1,536 tokens on four H100 (benchmarks/results/2026-11-26-h100-x4.md). The limit is not
-    above 1,024 tokens a rank, up to which graphs have been measured.
+    above 1,536 tokens a rank, up to which graphs have been measured (benchmarks/results/2026-11-27-h200-x2.md).
     """
-    return world_size * min(1024, 384 * 8192**2 // hidden_size**2)
+    return world_size * min(1536, 384 * 8192**2 // hidden_size**2)
 
 
 def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[int]:
