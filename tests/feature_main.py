@@ -18,6 +18,7 @@ import transformers
 from rank_main import generate
 from safetensors.torch import load_file
 from vllm import LLM, PoolingParams, SamplingParams
+from vllm.compilation.counter import compilation_counter
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -194,8 +195,13 @@ def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list
     ours["shift_parallel_threshold"] = job["start_threshold"]
     size = job["tp"] if stock_caches else job["sp"] * job["tp"]
     ours |= feature.get("ours", {})
+    before_start = compilation_counter.clone()
     with rank_main.log_lines() as lines:
         llm = LLM(**job["common"] | {"tensor_parallel_size": size} | feature["args"] | (ours if stock_caches else {}))
+    traces = {
+        name: getattr(compilation_counter, f"num_aot_{name}") - getattr(before_start, f"num_aot_{name}")
+        for name in ("compiles", "artifacts_saved", "artifacts_loaded")
+    }
     rpc = llm.llm_engine.collective_rpc
     runs = []
     for number, threshold in enumerate(job["thresholds"]):
@@ -204,7 +210,7 @@ def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list
             before = rpc("shift_stats")[0]
         llm.reset_prefix_cache()
         rpc(rank_main.zero_kv_caches)
-        run: dict[str, Any] = {"threshold": threshold, "lines": lines, "counts": counts(llm)}
+        run: dict[str, Any] = {"threshold": threshold, "lines": lines, "traces": traces, "counts": counts(llm)}
         run["outputs"] = globals()[feature["ask"]](llm, job)
         run["counts"] = {name: value - run["counts"][name] for name, value in counts(llm).items()}
         caches = rpc(rank_main.kv_caches)[0]
@@ -239,6 +245,10 @@ def try_features(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    if job["piecewise"]:
+        import piecewise
+
+        piecewise.compile_as_on_cuda()
     results = try_features(job)
     (Path(job["folder"]) / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
 

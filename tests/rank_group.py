@@ -135,7 +135,13 @@ def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int 
 
 
 def run_ranks(
-    script: str, world: int, folder: Path, job: Mapping[str, Any], ports: int, seconds: float = SECONDS
+    script: str,
+    world: int,
+    folder: Path,
+    job: Mapping[str, Any],
+    ports: int,
+    seconds: float = SECONDS,
+    variables: Mapping[str, str] | None = None,
 ) -> list[dict]:
     """Run a script of this folder on every rank of a group; what each rank writes to ``results-RANK.json``.
 
@@ -146,6 +152,7 @@ def run_ranks(
         job: what the script reads.
         ports: how many ports in a row it uses, from MASTER_PORT on.
         seconds: that it may take, less than the time limit of a test.
+        variables: of the environment, in the place of those of this process.
     """
     (folder / "job.json").write_text(json.dumps(job))
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(ports))}
@@ -153,7 +160,7 @@ def run_ranks(
     ranks = []
     for rank in range(world):
         env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CACHE_ROOT": str(folder / "cache")}
+        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CACHE_ROOT": str(folder / "cache")} | (variables or {})
         with open(folder / f"log-{rank}", "w") as log:
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:

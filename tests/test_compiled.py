@@ -23,16 +23,17 @@ def config_with(compilation, most_tokens=8192, **sizes):
 
 def test_every_trace_has_a_cache_of_its_own():
     config = config_with(CompilationConfig(cache_dir="cache"))
-    traced = [(False, ""), (True, ""), (False, "ulysses_rows:0"), (False, "ulysses_tp:0"), (True, "ulysses_tp:0")]
+    groups = [["sp:0"], ["sp:1"], ["sp:0", "ulysses_rows:0"], ["sp:0", "ulysses_tp:0"]]
+    traced = [(through_peers, names) for through_peers in (False, True) for names in groups]
     everyone = [config, *(config_of_twin(config, *each) for each in traced)]
-    assert len({each.compilation_config.cache_dir for each in everyone}) == 6
-    assert len({str(each.additional_config) for each in everyone}) == 6
+    assert len({each.compilation_config.cache_dir for each in everyone}) == 9
+    assert len({str(each.additional_config) for each in everyone}) == 9
 
 
 def test_what_is_compiled_for_rows_of_tp_mode_stays_there():
     passes = PassConfig(fuse_allreduce_rms=True)
     stock = CompilationConfig(compile_sizes=[8], compile_ranges_endpoints=[256, 8192], pass_config=passes)
-    twin = config_of_twin(config_with(stock), through_peers=False, tp_group="").compilation_config
+    twin = config_of_twin(config_with(stock), through_peers=False, groups=["ulysses_sp:0"]).compilation_config
     assert (twin.compile_sizes, twin.compile_ranges_endpoints) == ([], [8192])
     assert not twin.pass_config.fuse_allreduce_rms
     assert (stock.compile_sizes, stock.compile_ranges_endpoints) == ([8], [256, 8192])
@@ -43,7 +44,9 @@ def test_what_is_compiled_for_rows_of_tp_mode_stays_there():
 def test_a_trace_is_for_all_rows_of_the_largest_step(sp, tp, most_tokens, rows):
     stock = CompilationConfig(compile_ranges_endpoints=[most_tokens])
     config = config_with(stock, most_tokens, ulysses_sequence_parallel_size=sp, tensor_parallel_size=tp)
-    (only,) = config_of_twin(config, through_peers=False, tp_group="").compilation_config.get_compile_ranges()
+    (only,) = config_of_twin(
+        config, through_peers=False, groups=["ulysses_sp:0"]
+    ).compilation_config.get_compile_ranges()
     assert (only.start, only.end) == (1, rows)
 
 
@@ -53,7 +56,7 @@ def test_a_pass_of_the_users_own_stays(caplog_vllm):
     for passes in ({}, {key: theirs}):
         compilation = CompilationConfig()
         compilation.inductor_compile_config = passes
-        twin = config_of_twin(config_with(compilation), through_peers=True, tp_group="")
+        twin = config_of_twin(config_with(compilation), through_peers=True, groups=["ulysses_sp:0"])
         found.append(twin.compilation_config.inductor_compile_config[key])
         assert ("in the place of OverlapPass" in caplog_vllm.text) is bool(passes)
         assert compilation.inductor_compile_config is passes
@@ -93,7 +96,7 @@ def wrapped(monkeypatch):
 def test_each_compiled_module_of_the_language_model_has_a_twin(wrapped):
     config = config_with(CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cache_dir="cache"))
     stock = list(wrapped.modules())
-    twins = CompiledTwins(wrapped, config, through_peers=False, tp_group="")
+    twins = CompiledTwins(wrapped, config, through_peers=False, groups=["ulysses_sp:0"])
     assert twins
     twins.swap_in()
     twin = wrapped.language[0]
@@ -108,7 +111,7 @@ def test_each_compiled_module_of_the_language_model_has_a_twin(wrapped):
 
 def test_what_vllm_cleans_up_in_a_model_is_cleaned_up_in_its_twins(wrapped):
     config = config_with(CompilationConfig(mode=CompilationMode.VLLM_COMPILE))
-    twins = CompiledTwins(wrapped, config, through_peers=False, tp_group="")
+    twins = CompiledTwins(wrapped, config, through_peers=False, groups=["ulysses_sp:0"])
     stock = wrapped.language[0]
     twins.swap_in()
     twin = wrapped.language[0]
@@ -121,10 +124,10 @@ def test_what_vllm_cleans_up_in_a_model_is_cleaned_up_in_its_twins(wrapped):
 
 def test_without_vllms_compilation_there_are_no_twins(wrapped):
     config = config_with(CompilationConfig(mode=CompilationMode.NONE))
-    assert not CompiledTwins(wrapped, config, through_peers=False, tp_group="")
+    assert not CompiledTwins(wrapped, config, through_peers=False, groups=["ulysses_sp:0"])
 
 
 def test_a_model_that_is_compiled_as_a_whole_is_refused(wrapped):
     config = config_with(CompilationConfig(mode=CompilationMode.VLLM_COMPILE))
     with pytest.raises(NotImplementedError, match="Compiled is compiled as a whole"):
-        CompiledTwins(Compiled(), config, through_peers=False, tp_group="")
+        CompiledTwins(Compiled(), config, through_peers=False, groups=["ulysses_sp:0"])

@@ -88,16 +88,25 @@ def common(model: str) -> dict[str, Any]:
 
 
 def run(
-    world: int, sp: int, tp: int, features: dict[str, dict[str, Any]], model: str, folder: Path, **adapter: Any
+    world: int,
+    sp: int,
+    tp: int,
+    features: dict[str, dict[str, Any]],
+    model: str,
+    folder: Path,
+    piecewise: bool = False,
+    **adapter: Any,
 ) -> list[dict]:
+    """Results of every rank; with ``piecewise``, compiled as on CUDA."""
     job = {
         "folder": str(folder), "sp": sp, "tp": tp, "start_threshold": 20, "thresholds": THRESHOLDS,
-        "prompts": prompts(), "common": common(model),
+        "prompts": prompts(), "common": common(model) | {"enforce_eager": not piecewise}, "piecewise": piecewise,
         "checkpoints": [model, str(tiny.make_checkpoint("llama", folder / "other", seed=1))],
         "adapters": [str(path) for path in tiny.make_adapters(folder, **adapter)],
         "features": [{"name": name} | feature for name, feature in features.items()],
     }  # fmt: skip
-    return run_ranks("feature_main.py", world, folder, job, ports=2 * len(features))
+    variables = {"TORCHDYNAMO_DISABLE": str(int(not piecewise))}
+    return run_ranks("feature_main.py", world, folder, job, ports=2 * len(features), variables=variables)
 
 
 @pytest.fixture(scope="module")

@@ -214,7 +214,7 @@ def twins(monkeypatch):
     monkeypatch.setattr(
         switch_module,
         "CompiledTwins",
-        lambda model, config, through_peers, tp_group: events.append(through_peers) or swaps,
+        lambda model, config, through_peers, groups: events.append(through_peers) or swaps,
     )
     return events
 
@@ -436,12 +436,12 @@ def test_attention_inside_a_gathered_module_exchanges_nothing(monkeypatch):
     assert not switch.through_peers
 
 
-def test_the_twins_are_told_their_tp_group(monkeypatch):
+def test_the_twins_are_told_their_groups(monkeypatch):
     told = []
-    monkeypatch.setattr(switch_module, "CompiledTwins", lambda model, config, peers, tp_group: told.append(tp_group))
+    monkeypatch.setattr(switch_module, "CompiledTwins", lambda model, config, peers, groups: told.append(groups))
     for group in (None, SimpleNamespace(unique_name="tp:1")):
         ModeSwitch(ParallelDims(2, 2, 0), 8, SimpleGroup(unique_name="sp"), group).attach(Model(), VLLM_CONFIG)
-    assert told == ["", "tp:1"]
+    assert told == [["sp"], ["sp", "tp:1"]]
 
 
 def summing(custom_all_reduce):

@@ -28,19 +28,19 @@ class CompiledTwins:
         model: the model, not yet compiled: its first run must come later.
         vllm_config: the engine's config.
         through_peers: how ranks exchange, which is a part of what is traced.
-        tp_group: name of the group that SP mode sums over, a part of it, too; empty where T = 1.
+        groups: names of the groups that SP mode communicates in, a part of it, too.
 
     Raises:
         NotImplementedError: vLLM compiles the model as a whole, so that its hooks do not run.
     """
 
-    def __init__(self, model: nn.Module, vllm_config: VllmConfig, through_peers: bool, tp_group: str) -> None:
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, through_peers: bool, groups: list[str]) -> None:
         self._swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
             return
         if isinstance(model, TorchCompileWithNoGuardsWrapper):
             raise NotImplementedError(f"{type(model).__name__} is compiled as a whole; SP mode has no way in")
-        sp_config = config_of_twin(vllm_config, through_peers, tp_group)
+        sp_config = config_of_twin(vllm_config, through_peers, groups)
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if not isinstance(child, TorchCompileWithNoGuardsWrapper) or child.do_not_compile:
@@ -63,9 +63,9 @@ class CompiledTwins:
             setattr(parent, name, stock)
 
 
-def config_of_twin(vllm_config: VllmConfig, through_peers: bool, tp_group: str) -> Any:
+def config_of_twin(vllm_config: VllmConfig, through_peers: bool, groups: list[str]) -> Any:
     """A config that vLLM's compile cache tells from the engine's own, and from that of other traces of SP mode."""
-    trace = f"{'sp-peers' if through_peers else 'sp'}-{tp_group}"
+    trace = "-".join(["sp-peers" if through_peers else "sp", *groups])
     config = copy.copy(vllm_config)
     config.compilation_config = compilation = copy.copy(vllm_config.compilation_config)
     if compilation.cache_dir:

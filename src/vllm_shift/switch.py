@@ -128,8 +128,8 @@ class ModeSwitch:
             from vllm_shift.peers import connect
 
             self.through_peers = connect(self.sp_group, layers, self.dims.padded_tokens(most_tokens), vllm_config)
-        tp_group = "" if self._tp_group is None else self._tp_group.unique_name
-        self._twins = CompiledTwins(model, vllm_config, self.through_peers, tp_group)
+        groups = [self.group_name, *([] if self._tp_group is None else [self._tp_group.unique_name])]
+        self._twins = CompiledTwins(model, vllm_config, self.through_peers, groups)
         self._buffers: dict[str, torch.Tensor] = {}
         # Some modules replace a buffer when they run as they are; traces, where vLLM makes any, go by what it was.
         compiles = vllm_config.compilation_config.mode != CompilationMode.NONE
