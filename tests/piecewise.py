@@ -7,10 +7,10 @@ trace of each mode, through vLLM's pipeline and compile cache: all but what is m
 from typing import Any
 
 import torch
+from vllm import _custom_ops as ops
 from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms.cpu import CpuPlatform
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 
 def compile_as_on_cuda() -> None:
@@ -30,30 +30,19 @@ def compile_as_on_cuda() -> None:
 
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
     FixFunctionalizationPass.__call__ = lambda self, graph: None
-    # A compiled SP mode pads tokens to a multiple of its ranks. CUDA's kernels go by the slots that there are, and by
-    # the tokens of the step, those of the CPU by the rows of keys.
-    update = CPUAttentionBackendImpl.do_kv_cache_update
+    # A compiled SP mode pads tokens to a multiple of its ranks. What writes the KV cache goes by slots on CUDA, and by
+    # rows of keys on the CPU.
+    stock_write = ops.cpu_attn_reshape_and_cache
 
-    def do_kv_cache_update(
-        self: Any, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
-    ) -> None:
-        update(self, layer, key[: len(slots)], value[: len(slots)], kv_cache, slots)
-
-    forward = CPUAttentionBackendImpl.forward
-
-    def forward_tokens(
-        self: Any,
-        layer: Any,
-        query: torch.Tensor,
+    def write(
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: Any,
+        key_cache: Any,
+        value_cache: Any,
+        slots: torch.Tensor,
         *args: Any,
         **kwargs: Any,
-    ) -> Any:
-        tokens = len(query) if metadata is None else metadata.num_actual_tokens
-        return forward(self, layer, query, key[:tokens], value[:tokens], kv_cache, metadata, *args, **kwargs)
+    ) -> None:
+        stock_write(key[: len(slots)], value[: len(slots)], key_cache, value_cache, slots, *args, **kwargs)
 
-    CPUAttentionBackendImpl.do_kv_cache_update = do_kv_cache_update
-    CPUAttentionBackendImpl.forward = forward_tokens
+    ops.cpu_attn_reshape_and_cache = write
