@@ -76,6 +76,9 @@ class Wrapper:
     def cleanup(self):
         self.cleaned_up = True
 
+    def save_aot_compiled_function(self):
+        """What is saved here is saved in the background, see test_saving.py."""
+
 
 class Compiled(nn.Module, Wrapper):
     def __init__(self, prefix="", is_encoder=False, do_not_compile=False):

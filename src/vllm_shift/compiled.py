@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.overlap import OverlapPass
+from vllm_shift.saving import BackgroundSaves
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -30,12 +31,16 @@ class CompiledTwins:
         through_peers: how ranks exchange, which is a part of what is traced.
         groups: names of the groups that SP mode communicates in, a part of it, too.
 
+    Attributes:
+        saves: of both traces of each module, to vLLM's compile cache.
+
     Raises:
         NotImplementedError: vLLM compiles the model as a whole, so that its hooks do not run.
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig, through_peers: bool, groups: list[str]) -> None:
         self._swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self.saves = BackgroundSaves()
         if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
             return
         if isinstance(model, TorchCompileWithNoGuardsWrapper):
@@ -47,7 +52,10 @@ class CompiledTwins:
                     continue
                 # What encodes images runs before the model's forward pass, so never in SP mode.
                 if not child._is_encoder:
-                    self._swaps.append((parent, name, child, _twin(child, sp_config)))
+                    twin = _twin(child, sp_config)
+                    self._swaps.append((parent, name, child, twin))
+                    for module in (child, twin):
+                        self.saves.take_over(module)
 
     def __bool__(self) -> bool:
         return bool(self._swaps)

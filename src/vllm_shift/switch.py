@@ -96,6 +96,10 @@ class ModeSwitch:
         with self._tp_group.graph_capture(GraphCaptureContext(torch.cuda.current_stream())):
             yield
 
+    def finish_saves(self) -> None:
+        """At the end of start-up: the traces of both modes are in vLLM's compile cache."""
+        self._twins.saves.finish()
+
     def attach(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         """Put the hooks on a model and its attention layers.
 

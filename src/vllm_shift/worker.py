@@ -235,6 +235,7 @@ class ShiftWorkerMixin(WorkerBase):
                     "Shift Parallelism: %s is not among the tested architectures; it runs by the self-check only.",
                     self.model_config.architecture,
                 )
+        self.switch.finish_saves()
         self.shift_counter.start(self.switch.max_tp_tokens)
         return times
 
