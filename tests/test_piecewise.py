@@ -44,3 +44,4 @@ def test_a_trace_for_each_mode_is_made_once(two_ranks, name):
         for whose, (made, loaded) in zip(("stock", "ours"), TRACES[name], strict=True):
             expected = {"compiles": made, "artifacts_saved": made, "artifacts_loaded": loaded}
             assert all(each["traces"] == expected for each in result[name][whose])
+        assert not any("holds up the start" in line for line in result[name]["ours"][0]["lines"])

@@ -21,6 +21,7 @@ class Module:
 
     def save_aot_compiled_function(self):
         if os.getpid() != self.worker:
+            (self.folder / "started").touch()
             while not (self.folder / "go").exists():
                 time.sleep(0.01)
             if self.in_fork() == "fails":
@@ -39,7 +40,8 @@ def counted(monkeypatch):
 
 def start(module):
     saves = BackgroundSaves()
-    saves.take_over(module)
+    for _ in range(2):
+        saves.take_over(module)
     module.save_aot_compiled_function()
     return saves
 
@@ -52,8 +54,8 @@ def test_the_worker_goes_on_while_a_fork_saves(tmp_path, counted):
     saves.finish()
     assert module.saved_by() != os.getpid()
     assert compilation_counter.num_aot_artifacts_saved == 1
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    with pytest.raises(ChildProcessError):  # nothing is left of it
+        os.waitpid(module.saved_by(), os.WNOHANG)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_the_worker_goes_on_while_a_fork_saves(tmp_path, counted):
     [lambda: "fails", lambda: 1 / 0, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: time.sleep(60)],
     ids=["fails", "raises", "is killed", "hangs"],
 )
-def test_what_a_fork_cannot_save_the_worker_saves(in_fork, tmp_path, counted, monkeypatch):
+def test_what_a_fork_cannot_save_the_worker_saves(in_fork, tmp_path, counted, monkeypatch, caplog_vllm):
     monkeypatch.setattr(saving, "PATIENCE", 2)
     (tmp_path / "go").touch()
     module = Module(tmp_path, in_fork)
@@ -69,8 +71,21 @@ def test_what_a_fork_cannot_save_the_worker_saves(in_fork, tmp_path, counted, mo
     saves.finish()
     assert module.saved_by() == os.getpid()
     assert compilation_counter.num_aot_artifacts_saved == 1
+    assert caplog_vllm.text.count("holds up the start") == 1
     saves.finish()
     assert compilation_counter.num_aot_artifacts_saved == 1
+
+
+def test_what_nobody_would_wait_for_the_worker_saves(tmp_path, counted, monkeypatch):
+    (tmp_path / "go").touch()
+    module = Module(tmp_path)
+    start(module).finish()
+    module.save_aot_compiled_function()
+    assert module.saved_by() == os.getpid()
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    (tmp_path / "saved").unlink()
+    start(module)
+    assert module.saved_by() == os.getpid()  # what vLLM does then is nothing
 
 
 def test_where_there_can_be_no_fork_the_worker_saves_at_once(tmp_path, counted, monkeypatch, caplog_vllm):
@@ -96,12 +111,15 @@ def test_where_children_leave_no_status_the_worker_saves_again(tmp_path, counted
 
 
 WORKER = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_saving import Module, start
 
-start(Module(Path(sys.argv[2])))
+folder = Path(sys.argv[2])
+start(Module(folder))
+while not (folder / "started").exists():
+    time.sleep(0.01)
 os.kill(os.getpid(), 9)
 """
 

@@ -138,7 +138,9 @@ def test_the_self_check_leaves_random_numbers_as_they_were(monkeypatch):
         def __init__(self):
             self.rank, self.model_config = 0, SimpleNamespace(seed=7)
             self.shift_config = SimpleNamespace(is_auto=False, self_check=True)
-            self.switch = SimpleNamespace(graph_capture=lambda: lambda capture: capture, max_tp_tokens=256)
+            self.switch = SimpleNamespace(
+                graph_capture=lambda: lambda capture: capture, max_tp_tokens=256, finish_saves=lambda: None
+            )
             self.model_runner = SimpleNamespace(capture_model=None)
             self.shift_counter = SimpleNamespace(start=lambda threshold: None)
             self._fit_threshold_to_graphs, self._run_largest_step = lambda: None, lambda in_sp: None

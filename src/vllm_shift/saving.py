@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import psutil
+from vllm import envs
 from vllm.compilation.counter import compilation_counter
 from vllm.logger import init_logger
 
@@ -24,63 +25,67 @@ logger = init_logger(f"vllm.{__name__}")
 PATIENCE = 120
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_prctl = ctypes.CDLL(None).prctl
 
 
 class BackgroundSaves:
     """The saves of an engine's compiled modules."""
 
     def __init__(self) -> None:
-        self._running: list[tuple[int, float, Callable[[], None]]] = []
+        self._running: list[tuple[psutil.Process, float, Callable[[], None]]] = []
+        self._waits = True
 
     def take_over(self, module: Any) -> None:
         """Of a module with vLLM's ``support_torch_compile``: what it saves is saved in the background."""
-        module.save_aot_compiled_function = partial(self._start, module.save_aot_compiled_function)
+        if "save_aot_compiled_function" not in vars(module):  # it may have two parents
+            module.save_aot_compiled_function = partial(self._start, module.save_aot_compiled_function)
 
     def _start(self, save: Callable[[], None]) -> None:
+        if envs.VLLM_DISABLE_COMPILE_CACHE or not self._waits:
+            save()
+            return
         worker = os.getpid()
         try:
             pid = os.fork()
-        except OSError as error:  # no more processes, or no memory that may be promised
-            logger.info("Saving the compiled model holds up the start, as there can be no process for it (%s).", error)
+            if pid == 0:
+                _save_and_end(save, worker)
+            self._running.append((psutil.Process(pid), time.monotonic() + PATIENCE, save))
+        except (OSError, psutil.NoSuchProcess) as error:  # no more processes, or no memory that may be promised
+            logger.warning("Saving a compiled model holds up the start, as there is no process for it (%s).", error)
             save()
-            return
-        if pid == 0:
-            _save_and_end(save, worker)
-        self._running.append((pid, time.monotonic() + PATIENCE, save))
 
     def finish(self) -> None:
         """Wait for what is still being saved, and save here what a process could not."""
-        for pid, deadline, save in self._running:
-            if _status(pid, max(0, deadline - time.monotonic())) == 0:
+        for process, deadline, save in self._running:
+            status = _status(process, max(0, deadline - time.monotonic()))
+            if status == 0:
                 compilation_counter.num_aot_artifacts_saved += 1
             else:
+                logger.warning("Saving a compiled model holds up the start: a process for it ended with %s.", status)
                 save()
         self._running.clear()
+        self._waits = False
 
 
-def _status(pid: int, timeout: float) -> int | None:
-    """With which a child ends, or is ended after so many seconds; None where nobody knows."""
+def _status(process: psutil.Process, timeout: float) -> int | None:
+    """With which a child ends, or is ended after so many seconds; None where nobody knows, as SIGCHLD is ignored."""
     try:
-        process = psutil.Process(pid)
-        try:
-            status: int | None = process.wait(timeout)
-        except psutil.TimeoutExpired:
-            process.kill()
-            status = process.wait()
-        return status
-    except psutil.NoSuchProcess:  # SIGCHLD is ignored, so it left no status
-        return None
+        status: int | None = process.wait(timeout)
+    except psutil.TimeoutExpired:
+        process.kill()
+        status = process.wait()
+    return status
 
 
 def _save_and_end(save: Callable[[], None], worker: int) -> NoReturn:
     """In the fork: save, and end with status 0 if that went well."""
     status = 1
     try:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         # Garbage of the worker may be on the device.
         gc.disable()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == worker:
             before = compilation_counter.num_aot_artifacts_saved
             save()

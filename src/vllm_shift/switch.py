@@ -97,7 +97,7 @@ class ModeSwitch:
             yield
 
     def finish_saves(self) -> None:
-        """At the end of start-up: the traces of both modes are in vLLM's compile cache."""
+        """Wait until the traces of both modes are in vLLM's compile cache."""
         self._twins.saves.finish()
 
     def attach(self, model: nn.Module, vllm_config: VllmConfig) -> None:

@@ -226,6 +226,7 @@ class ShiftWorkerMixin(WorkerBase):
         capture_model = self.switch.graph_capture()(self.model_runner.capture_model)
         with _replaced(self.model_runner, "capture_model", capture_model):
             times = super().compile_or_warm_up_model()
+        self.switch.finish_saves()
         if self.shift_config.self_check:
             checked = SelfCheck(self, super().execute_model).run()
             # The V2 model runner drew seeds for its requests; later ones have to draw what they draw in stock vLLM.
@@ -235,7 +236,6 @@ class ShiftWorkerMixin(WorkerBase):
                     "Shift Parallelism: %s is not among the tested architectures; it runs by the self-check only.",
                     self.model_config.architecture,
                 )
-        self.switch.finish_saves()
         self.shift_counter.start(self.switch.max_tp_tokens)
         return times
 
