@@ -40,8 +40,7 @@ def counted(monkeypatch):
 
 def start(module):
     saves = BackgroundSaves()
-    for _ in range(2):
-        saves.take_over(module)
+    saves.take_over(module)
     module.save_aot_compiled_function()
     return saves
 

@@ -46,16 +46,18 @@ class CompiledTwins:
         if isinstance(model, TorchCompileWithNoGuardsWrapper):
             raise NotImplementedError(f"{type(model).__name__} is compiled as a whole; SP mode has no way in")
         sp_config = config_of_twin(vllm_config, through_peers, groups)
+        twins: dict[nn.Module, nn.Module] = {}  # of each module one, however many parents it has
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if not isinstance(child, TorchCompileWithNoGuardsWrapper) or child.do_not_compile:
                     continue
                 # What encodes images runs before the model's forward pass, so never in SP mode.
                 if not child._is_encoder:
-                    twin = _twin(child, sp_config)
-                    self._swaps.append((parent, name, child, twin))
-                    for module in (child, twin):
-                        self.saves.take_over(module)
+                    if child not in twins:
+                        twins[child] = _twin(child, sp_config)
+                    self._swaps.append((parent, name, child, twins[child]))
+        for module in (*twins, *twins.values()):
+            self.saves.take_over(module)
 
     def __bool__(self) -> bool:
         return bool(self._swaps)

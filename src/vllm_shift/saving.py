@@ -37,8 +37,7 @@ class BackgroundSaves:
 
     def take_over(self, module: Any) -> None:
         """Of a module with vLLM's ``support_torch_compile``: what it saves is saved in the background."""
-        if "save_aot_compiled_function" not in vars(module):  # it may have two parents
-            module.save_aot_compiled_function = partial(self._start, module.save_aot_compiled_function)
+        module.save_aot_compiled_function = partial(self._start, module.save_aot_compiled_function)
 
     def _start(self, save: Callable[[], None]) -> None:
         if envs.VLLM_DISABLE_COMPILE_CACHE or not self._waits:
