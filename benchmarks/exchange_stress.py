@@ -1,9 +1,9 @@
 """Whether the exchange through each other's memory gives right values whatever rank is late, on real GPUs.
 
 Rounds of random size, with and without CUDA graphs, with and without products beside the exchange, and with pauses of
-random length on every rank between the parts. Nothing waits for a GPU until all rounds are done. Values are small whole
-numbers, so that every sum is exact and every element is compared. Then the same with an error of ordering planted,
-each of which has to be found.
+random length on every rank between the parts and before copies. Nothing waits for a GPU until all rounds are done.
+Values are small whole numbers, so that every sum is exact and every element is compared. Then the same with an error of
+ordering planted, each of which has to be found.
 Example: python benchmarks/exchange_stress.py --sp 2
 """
 
@@ -108,10 +108,15 @@ def planted(error: str, peers: PeerMemory) -> Iterator[None]:
     buffers, wait = (peers._heads, peers._tokens), torch.cuda.Stream.wait_event
     place = {"a copy does not wait for what it sends": "_ready", "a barrier does not wait for the copy": "_sent"}
     ignored = [getattr(buffer, place[error]) for buffer in buffers if error in place]
+    before_copies = [buffer._ready for buffer in buffers]
 
     def wait_event(self: Any, event: Any) -> None:
-        if not any(event is each for each in ignored):
-            wait(self, event)
+        if any(event is each for each in ignored):
+            return
+        wait(self, event)
+        if any(event is each for each in before_copies):
+            with torch.cuda.stream(self):
+                torch.cuda._sleep(random.choice(PAUSES))
 
     if error == "no barrier":
         for buffer in buffers:

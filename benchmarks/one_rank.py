@@ -25,8 +25,8 @@ from engines import SHAPES, write_config
 
 ENGINES = ("stock TP=P", "stock TP=T", "shift")
 
-# Names of the kernels that stand in for collectives.
-STAND_INS = ("memcpy", "Memcpy", "CatArrayBatchedCopy")
+# Names of the kernels that stand in for collectives; ``write_rows`` is the exchange itself, to memory of this GPU.
+STAND_INS = ("memcpy", "Memcpy", "CatArrayBatchedCopy", "write_rows")
 
 
 def shard(shape: str, ranks: int) -> dict[str, int]:
@@ -49,7 +49,8 @@ def start_engine(args: argparse.Namespace, folder: Path) -> Any:
     if args.engine == "shift":
         settings = {"ulysses_sequence_parallel_size": args.sp, "tensor_parallel_size": args.tp}
         settings |= {"enable_shift_parallel": True, "shift_parallel_threshold": args.threshold, "self_check": False}
-        kwargs = {"worker_cls": "one_rank_worker.OneRankWorker", "additional_config": {"one_rank": settings}}
+        kwargs["worker_cls"] = "one_rank_worker.OneRankWorker"
+        kwargs["additional_config"] = {"one_rank": settings, "exchange": args.exchange}
     if args.engine == "shift" or args.same_graphs:
         stock = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
         threshold = args.threshold if args.engine == "shift" else 0
@@ -96,13 +97,14 @@ def time_decode(llm: Any, batch: int, repeats: int) -> float:
     return statistics.median([wait for count, on_gpu, wait in timings(llm) if count == batch and wait < 2 * on_gpu + 5])
 
 
-def kernel_times(llm: Any, prompts: int, tokens: int, output_tokens: int) -> dict[str, Any]:
-    """GPU time by kernel, ms a step: of a prefill, or of decoding where there is more than one output token."""
+def kernel_times(llm: Any, prompts: int, tokens: int, output_tokens: int, repeats: int) -> dict[str, Any]:
+    """GPU time by kernel, ms a step: of prefills, or of decoding where there is more than one output token."""
     rpc = llm.llm_engine.collective_rpc
     generate(llm, prompts, tokens // prompts, output_tokens)
     rpc("start_trace")
-    generate(llm, prompts, tokens // prompts, output_tokens)
-    kernels = [(name, ms / output_tokens) for name, _, ms in rpc("stop_trace")[0]]
+    for _ in range(repeats):
+        generate(llm, prompts, tokens // prompts, output_tokens)
+    kernels = [(name, ms / output_tokens / repeats) for name, _, ms in rpc("stop_trace")[0]]
     copies = sum(ms for name, ms in kernels if any(part in name for part in STAND_INS))
     largest = sorted(kernels, key=lambda kernel: -kernel[1])[:16]
     return {"ms": sum(ms for _, ms in kernels) - copies, "stand_ins_ms": copies, "largest": largest}
@@ -120,11 +122,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for tokens in args.prefill:
         step = (1, tokens // args.sp) if args.engine == "stock TP=T" else (args.sp, tokens)
         result["step_ms"][f"prefill {tokens}"] = time_prefill(llm, *step, args.repeats)
-        result["kernels"][f"prefill {tokens}"] = kernel_times(llm, *step, 1)
+        result["kernels"][f"prefill {tokens}"] = kernel_times(llm, *step, 1, args.repeats)
     for batch in args.decode if args.engine != "stock TP=T" else ():
         result["step_ms"][f"decode {batch}"] = time_decode(llm, batch, args.repeats)
         # Prompts of one token, so that the prefill is like a decode step.
-        result["kernels"][f"decode {batch}"] = kernel_times(llm, batch, batch, 16)
+        result["kernels"][f"decode {batch}"] = kernel_times(llm, batch, batch, 16, 1)
     return result | llm.llm_engine.collective_rpc(lambda worker: worker.facts)[0]
 
 
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 16, 64, 128, 256])
     parser.add_argument("--most", type=int, default=8192, help="max_num_batched_tokens")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--exchange", choices=["peers", "nccl"], default="peers", help="how SP mode exchanges")
     parser.add_argument("--same-graphs", action="store_true", help="give stock vLLM the CUDA graph sizes of shift, too")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
     parser.add_argument("--out", type=Path, default=None)

@@ -92,6 +92,24 @@ class LocalGroup(SimpleNamespace):
         return nullcontext(context)
 
 
+class LocalHandle:
+    """In place of the handle of symmetric memory: the buffers of all other ranks are one, on this GPU."""
+
+    rank = 0
+
+    def __init__(self, memory: torch.Tensor, ranks: int) -> None:
+        self.world_size = ranks
+        self._elsewhere = torch.empty_like(memory)
+        self.buffer_ptrs = [memory.data_ptr()] + [self._elsewhere.data_ptr()] * (ranks - 1)
+        memory.normal_()  # nobody writes what would come
+
+    def barrier(self) -> None:
+        """There is nobody to wait for."""
+
+    def get_buffer(self, rank: int, shape: torch.Size, dtype: torch.dtype, first: int) -> torch.Tensor:
+        return self._elsewhere[first : first + shape.numel()].view(shape)
+
+
 def local_all_to_all(received: torch.Tensor, x: torch.Tensor, group: Any) -> None:
     received.copy_(x)
 
@@ -107,12 +125,26 @@ class OneRankWorker(ShiftWorkerMixin, MeasuredWorker):
         sp, tp = self.shift_config.ulysses_sequence_parallel_size, self.shift_config.tensor_parallel_size
         # Kept here, because the exchange knows its groups weakly.
         self._local_groups = [
-            LocalGroup(unique_name=name, world_size=size, device_group=None, rank=0, first_rank=0, ranks=[0])
+            LocalGroup(
+                unique_name=name,
+                world_size=size,
+                device_group=SimpleNamespace(group_name=name),
+                device=self.device,
+                rank=0,
+                rank_in_group=0,
+                first_rank=0,
+                ranks=[0],
+            )
             for name, size in (("sp", sp), ("rows", tp))
         ]
         sp_group, tp_group = self._local_groups
         self.switch = ModeSwitch(
             OneRankDims(sp, tp, 0), self.shift_config.max_tp_tokens, sp_group, tp_group if tp > 1 else None
         )
+        if self.vllm_config.additional_config["exchange"] == "peers":
+            from vllm_shift import peers  # here, for machines without Triton
+
+            peers.why_not_direct = lambda group: None
+            peers.symmetric_memory.rendezvous = lambda memory, name: LocalHandle(memory, sp)
         # Local copies take no memory of a CUDA graph.
         self.switch.nccl_collectives = lambda: 0

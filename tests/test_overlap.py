@@ -1,13 +1,14 @@
-"""The pass that lets the exchange after attention and the product after it run as one op, on small graphs."""
+"""What Inductor makes of the exchange's ops: two in a row, on small graphs; memory that is not its own, compiled."""
 
 import pytest
 import torch
 from test_exchange import PlainPeers, SimpleGroup
 from torch import fx
+from vllm.utils.torch_utils import direct_register_custom_op
 
 import vllm_shift.layers  # noqa: F401  (registers folded_linear)
 from vllm_shift import exchange
-from vllm_shift.overlap import OverlapPass
+from vllm_shift.overlap import OverlapPass, never_reuse
 
 SP, WIDTH, OUT = 2, 3, 5
 
@@ -45,3 +46,33 @@ def test_only_an_exchange_for_one_product_becomes_one_with_it(bias, read_twice, 
     targets = {node.target for node in graph.nodes}
     assert (torch.ops.vllm_shift.peers_heads_to_product.default in targets) is becomes_one
     assert (torch.ops.vllm_shift.folded_linear.default in targets) is not becomes_one
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_nothing_else_is_put_where_the_output_of_an_op_is(kept, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    memory = torch.zeros(64, 8)
+
+    def receive(x: torch.Tensor) -> torch.Tensor:
+        return memory.copy_(x)
+
+    def receive_fake(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    name, library = f"receive_{kept}", torch.library.Library("vllm_shift_tests", "FRAGMENT")
+    direct_register_custom_op(name, receive, fake_impl=receive_fake, target_lib=library)
+    op = getattr(torch.ops.vllm_shift_tests, name)
+    if kept:
+        never_reuse(op.default)
+
+    def piece(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Of one size with what is received: what is made of that, in its place, and what lives on.
+        rotated = op(x).cos()
+        return rotated @ rotated.t(), x.view(8, 64).t().softmax(0)
+
+    x = torch.randn(64, 8)
+    compiled = torch.compile(piece, fullgraph=True)(x)
+    # Inductor does so elsewhere, or this test would show nothing.
+    assert torch.equal(memory, x) is kept
+    for found, wanted in zip(compiled, piece(x), strict=True):
+        torch.testing.assert_close(found, wanted)

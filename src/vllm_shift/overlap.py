@@ -1,8 +1,13 @@
-"""The exchange after attention, while the product with what needs no exchange runs.
+"""What Inductor makes of the exchange's ops in SP mode's compiled trace.
 
-In SP mode's compiled trace two ops in a row become one: the exchange that brings a rank its tokens' heads, and the
-row-parallel product of them, which is usually the output projection. ``peers.py`` has that op's two ways to run.
+After attention two ops in a row become one, so that the product with what needs no exchange runs meanwhile: the
+exchange that brings a rank its tokens' heads, and the row-parallel product of them, which is usually the output
+projection. ``peers.py`` has that op's two ways to run.
+
+Before attention an op returns memory that other ranks write to, in which Inductor must not put anything else.
 """
+
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,3 +34,22 @@ class OverlapPass(InductorPass):
             linear.replace_all_uses_with(product)
             graph.erase_node(linear)
             graph.erase_node(exchange)
+
+
+def never_reuse(op: torch._ops.OpOverload) -> None:
+    """Let Inductor put nothing else where the one output of a custom op is, not even once it has been read."""
+    # Here, as an engine that compiles nothing does without.
+    from torch._inductor import lowering
+    from torch._inductor.virtualized import V
+    from torch._library.utils import get_layout_constraint_tag
+
+    # Up to here as Inductor does itself with an op that it does not know.
+    constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+    lowering.make_fallback(op, layout_constraint=constraint)  # type: ignore[no-untyped-call]
+    call = lowering.lowerings[op]
+
+    @lowering.register_lowering(op, type_promotion_kind=None)
+    def call_and_keep(*args: Any) -> Any:
+        output = call(*args)
+        V.graph.never_reuse_buffers.add(output.get_name())
+        return output

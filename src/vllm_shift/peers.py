@@ -26,6 +26,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_shift.exchange import qkv_widths, use_peers, why_not_direct
+from vllm_shift.overlap import never_reuse
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -118,7 +119,7 @@ class _Buffer:
         sources = [x if x.stride(-1) == 1 else x.contiguous() for x in sources]
         widths = [x.shape[-1] for x in sources]
         rows = len(sources[0])
-        assert rows * sum(widths) <= self._memory.numel(), (rows, widths)
+        received = self.rows(rows, sum(widths))
         assert all(x.dtype == self._memory.dtype for x in sources), [x.dtype for x in sources]
         q, k, v = sources if len(sources) == 3 else sources * 3
         write_rows[(rows // self._ranks, self._ranks)](
@@ -126,17 +127,23 @@ class _Buffer:
             Q=widths[0], K=sum(widths[1:2]), V=sum(widths[2:]), BLOCK=BLOCK,
         )  # fmt: skip
         self._handle.barrier()
-        return self._memory[: rows * sum(widths)].view(rows, -1)
+        return received
 
-    def swap(self, x: torch.Tensor, meanwhile: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, rows: int, columns: int) -> torch.Tensor:
+        """The memory as rows, from its beginning: what came, where it is."""
+        assert rows * columns <= self._memory.numel(), (rows, columns)
+        return self._memory[: rows * columns].view(rows, columns)
+
+    def swap(self, x: torch.Tensor, block: int, meanwhile: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Of two ranks, swap tensors of one shape by copy engines, which take no time of what runs meanwhile.
 
         Args:
             x: to send.
-            meanwhile: what to run.
+            block: of blocks of that size in the other's memory, the one that it becomes.
+            meanwhile: what to run; it may write to blocks of this rank's memory that nothing comes to.
 
         Returns:
-            What ``meanwhile`` returned, and what came: this rank's memory, not a copy.
+            What ``meanwhile`` returned. What came is in ``rows``.
         """
         assert x.dtype == self._memory.dtype, x.dtype
         here = torch.cuda.current_stream()
@@ -144,12 +151,12 @@ class _Buffer:
         self._ready.record(here)
         self._stream.wait_event(self._ready)
         with torch.cuda.stream(self._stream):
-            self._handle.get_buffer(1 - self._rank, x.shape, x.dtype).copy_(x)
+            self._handle.get_buffer(1 - self._rank, x.shape, x.dtype, block * x.numel()).copy_(x)
         self._sent.record(self._stream)
         result = meanwhile()
         here.wait_event(self._sent)
         self._handle.barrier()
-        return result, self._memory[: x.numel()].view(x.shape)
+        return result
 
 
 class PeerMemory:
@@ -160,7 +167,7 @@ class PeerMemory:
         layers: that exchange.
         rows: most rows of the folded view, n*S.
         dtype: of the activations.
-        keeps: whether what ``tokens_to_heads`` returns is left alone until the next exchange.
+        keeps: whether what goes to attention is left alone until the next exchange; else it is copied.
 
     Attributes:
         swap_bytes: blocks of so many bytes and more travel beside products; infinite where none does.
@@ -198,14 +205,20 @@ class PeerMemory:
         """
         n, width = len(x), len(weight) // self._sp
         self._turn(to_heads=True)
-        if not self._swaps(n, width):
+        if self._swaps(n, width):
+            heads = self._swapped_product(x, weight, bias)
+        else:
             folded = F.linear(x, weight, bias).view(-1, width)
-            return self._heads.exchange((folded,), (self._sp, 1, 1, n)).clone()
+            heads = self._heads.exchange((folded,), (self._sp, 1, 1, n))
+        return heads if self._keeps else heads.clone()
+
+    def _swapped_product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``product_to_heads`` of two ranks: each half is written to where it is wanted, in memory of the exchange."""
+        n, width = len(x), len(weight) // 2
         mine, other = self._rank, 1 - self._rank
         weights = torch.split(weight, width)
         biases = () if bias is None else torch.split(bias, width)
-        heads, sent = x.new_empty(2 * n, width), x.new_empty(n, width)
-        blocks = torch.split(heads, n)
+        heads, sent = self._heads.rows(2 * n, width), x.new_empty(n, width)
 
         def product(slot: int, out: torch.Tensor) -> torch.Tensor:
             if bias is None:
@@ -213,8 +226,7 @@ class PeerMemory:
             return torch.addmm(biases[slot], x, weights[slot].t(), out=out)
 
         product(other, sent)
-        _, received = self._heads.swap(sent, lambda: product(mine, blocks[mine]))
-        blocks[other].copy_(received)
+        self._heads.swap(sent, mine, lambda: product(mine, heads[mine * n : (mine + 1) * n]))
         return heads
 
     def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
@@ -232,8 +244,8 @@ class PeerMemory:
         self._turn(to_heads=False)
         mine, other = self._rank, 1 - self._rank
         blocks, weights = torch.split(x, n), torch.split(weight, width, dim=1)
-        product, received = self._tokens.swap(blocks[other], lambda: F.linear(blocks[mine], weights[mine]))
-        return product.addmm_(received, weights[other].t())
+        product = self._tokens.swap(blocks[other], 0, lambda: F.linear(blocks[mine], weights[mine]))
+        return product.addmm_(self._tokens.rows(n, width), weights[other].t())
 
     def _swaps(self, rows: int, columns: int) -> bool:
         """Whether a block of this size is worth a swap."""
@@ -286,6 +298,8 @@ def _share_memory(
     compilation: Any = vllm_config.compilation_config
     # Where attention is compiled together with what follows, Inductor would reuse the memory of its inputs.
     keeps = compilation.splitting_ops_contain_attention() and not compilation.use_inductor_graph_partition
+    if keeps:
+        never_reuse(torch.ops.vllm_shift.peers_product_to_heads.default)
     # A rank without memory would leave the others waiting for it, so all ask before they meet.
     peers, problem = _attempt(
         "there is no memory for it",
