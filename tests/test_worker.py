@@ -2,7 +2,6 @@
 
 import gc
 import inspect
-from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -40,33 +39,6 @@ def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(monkeypatch
     monkeypatch.setattr("vllm_shift.worker.current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr("vllm_shift.worker.get_tp_group", lambda: SimpleNamespace(device_communicator=None))
     assert Worker().determine_available_memory() == int(left * 2**20)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_nothing_looks_for_garbage_while_both_modes_are_compiled(monkeypatch, fails):
-    class Stock:
-        def determine_available_memory(self):
-            self.model_runner.profile_run()
-            return 7
-
-    class Worker(ShiftWorkerMixin, Stock):
-        def __init__(self):
-            self.switch = SimpleNamespace(max_tp_tokens=256, threshold=lambda tokens: nullcontext())
-            self.model_runner = SimpleNamespace(profile_run=lambda: seen.append(gc.isenabled()), _dummy_run=compile_it)
-            self.scheduler_config, self.use_v2_model_runner = SimpleNamespace(max_num_batched_tokens=512), False
-            self._shift_groups = []
-
-    def compile_it(*args, **kwargs):
-        seen.append(gc.isenabled())
-        if fails:
-            raise RuntimeError("no compiler")
-
-    seen = []
-    monkeypatch.setattr(ShiftWorkerMixin, "_ended_if_it_fails", lambda self: nullcontext())
-    with pytest.raises(RuntimeError, match="no compiler") if fails else nullcontext():
-        assert Worker().determine_available_memory() == 7
-    assert seen == [False, False]
-    assert gc.isenabled()
 
 
 def attention_group(**attributes):

@@ -6,10 +6,7 @@ and goes through vLLM's own pipeline: fusions, compile cache, piecewise CUDA gra
 """
 
 import copy
-import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -74,21 +71,6 @@ class CompiledTwins:
         """Let the model call its own modules again."""
         for parent, name, stock, _ in self._swaps:
             setattr(parent, name, stock)
-
-
-@contextmanager
-def garbage_kept() -> Iterator[None]:
-    """Let Python look for garbage only once this is over.
-
-    Most of what a compiler makes stays, and looking at it again and again takes a tenth of its time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def config_of_twin(vllm_config: VllmConfig, through_peers: bool, groups: list[str]) -> Any:

@@ -20,7 +20,6 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_shift.agreement import VARIABLE, StepCheck, check_settings, debug_wanted
 from vllm_shift.calibrate import calibrate
-from vllm_shift.compiled import garbage_kept
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.exchange import custom_all_reduce, why_not_direct
 from vllm_shift.failure import describe_failure, describe_step, failed_captures_end_at_once
@@ -162,7 +161,6 @@ class ShiftWorkerMixin(WorkerBase):
         if self.vllm_config.lora_config is not None:
             attach_adapters(model, self.switch, self.vllm_config)
 
-    @garbage_kept()
     def determine_available_memory(self) -> int:
         """As the stock worker, whose profile is of the largest step: in SP mode and, where there is one, in TP mode.
 
@@ -198,7 +196,6 @@ class ShiftWorkerMixin(WorkerBase):
         super().initialize_from_config(kv_cache_config)
         limit_splits(self.model_runner, self.vllm_config)
 
-    @garbage_kept()
     def _run_largest_step(self, in_sp: bool, **kwargs: Any) -> None:
         """Before any other step in a mode: torch.compile chooses kernels for the size that it sees first."""
         if not self.switch.max_tp_tokens:
