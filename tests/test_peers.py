@@ -144,10 +144,9 @@ def test_product_that_goes_where_it_is_wanted(peers, monkeypatch, sp, rows, swap
     assert bool(swaps) is (swap_bytes == 0 and sp == 2)
     everything = torch.nn.functional.linear(torch.cat(tokens), weight, add if bias else None)
     for rank, group in enumerate(groups):
-        # A copy is made once all is there, which ranks that do not wait for each other do too early.
-        received = exchange._peers[group]._heads.rows(sp * rows, width)
-        torch.testing.assert_close(received, everything[:, rank * width : (rank + 1) * width])
-        assert (products[group].data_ptr() == received.data_ptr()) is keeps
+        torch.testing.assert_close(products[group], everything[:, rank * width : (rank + 1) * width])
+        memory = exchange._peers[group]._heads._memory
+        assert (products[group].data_ptr() == memory.data_ptr()) is keeps
 
 
 REASONS = {
@@ -296,7 +295,8 @@ def test_a_swap_is_for_so_many_bytes(peers, monkeypatch, bytes_more, swaps):
 def test_all_ranks_of_a_group_exchange_in_the_same_way(peers, monkeypatch, splits, partitions, keeps, elsewhere):
     monkeypatch.setattr(peers.symmetric_memory, "get_backend", lambda device: None)
     all_reduce = SimpleNamespace(disabled=False, fully_connected=True)
-    met = []
+    met, never_reused = [], []
+    monkeypatch.setattr(peers, "never_reuse", never_reused.append)
     group, connected = try_to_connect(
         peers, monkeypatch, lambda *args: met.append(1) or handle(), all_reduce, elsewhere, splits, partitions
     )
@@ -306,6 +306,7 @@ def test_all_ranks_of_a_group_exchange_in_the_same_way(peers, monkeypatch, split
     assert bool(met) is (not elsewhere or elsewhere[0] is None)
     if not elsewhere:
         assert exchange._peers[group]._keeps is keeps
+        assert never_reused == [torch.ops.vllm_shift.peers_product_to_heads.default] * keeps
 
 
 def test_peers_are_found_by_the_name_of_their_group():

@@ -13,12 +13,18 @@ import torch
 from torch import fx
 from vllm.compilation.passes.inductor_pass import InductorPass
 
+from vllm_shift.translate import code_hash
+
 
 class OverlapPass(InductorPass):
     """Puts ``peers_heads_to_product`` in the place of a ``folded_linear`` of what ``peers_heads_to_tokens`` gives.
 
     Not where something else reads that, too, as LoRA does, or where the product has a bias.
     """
+
+    def uuid(self) -> str:
+        """For PyTorch's caches of compiled graphs, which know nothing of ``never_reuse``."""
+        return code_hash()
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change a graph; vLLM calls it after its own passes."""

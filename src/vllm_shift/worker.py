@@ -14,7 +14,6 @@ from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group, get_
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.platforms import current_platform
-from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -118,10 +117,10 @@ class ShiftWorkerMixin(WorkerBase):
         def load_model(**kwargs: Any) -> None:
             with slotted_layers(self.switch):
                 stock_load_model(**kwargs)
-            with DeviceMemoryProfiler() as memory:
-                self._prepare_layers()
+            before = torch.cuda.memory_allocated()
+            self._prepare_layers()
             if current_platform.is_cuda():
-                self.model_runner.model_memory_usage += memory.consumed_memory
+                self.model_runner.model_memory_usage += torch.cuda.memory_allocated() - before
 
         with ExitStack() as replaced:
             if hasattr(drafter, "load_model"):
