@@ -49,7 +49,7 @@ def never_reuse(op: torch._ops.OpOverload) -> None:
     from torch._inductor.virtualized import V
     from torch._library.utils import get_layout_constraint_tag
 
-    # Up to here as Inductor does itself with an op that it does not know.
+    # What Inductor does itself, once it meets an op that it does not know.
     constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
     lowering.make_fallback(op, layout_constraint=constraint)  # type: ignore[no-untyped-call]
     call = lowering.lowerings[op]

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def read_settings(engine_args: Any) -> ShiftConfig:
     return ShiftConfig(**merged)
 
 
+@cache
 def code_hash() -> str:
     """Of this package: vLLM's compile cache hashes traced files only, and would miss a change of how weights lie."""
     files = sorted(Path(__file__).parent.glob("*.py"))
