@@ -50,6 +50,16 @@ def test_a_trace_is_for_all_rows_of_the_largest_step(sp, tp, most_tokens, rows):
     assert (only.start, only.end) == (1, rows)
 
 
+@pytest.mark.parametrize("through_peers", [False, True])
+def test_no_kernels_are_tried_for_sp_mode(through_peers):
+    stock = CompilationConfig()
+    stock.inductor_compile_config = {"combo_kernels": True, "benchmark_combo_kernel": True, "other": 1}
+    twin = config_of_twin(config_with(stock), through_peers, groups=["sp:0"]).compilation_config
+    found = {name: twin.inductor_compile_config[name] for name in stock.inductor_compile_config}
+    assert found == {"combo_kernels": True, "benchmark_combo_kernel": False, "other": 1}
+    assert stock.inductor_compile_config["benchmark_combo_kernel"]
+
+
 def test_a_pass_of_the_users_own_stays(caplog_vllm):
     key, theirs = current_platform.pass_key, object()
     found = []

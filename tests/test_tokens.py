@@ -19,7 +19,7 @@ RUNS = [
         id=f"{case.name}-sp{case.sp}-tp{case.tp}-threshold{threshold}",
     )
     for case in CASES
-    for number, threshold in enumerate(thresholds_of(case.name))
+    for number, threshold in enumerate(thresholds_of(case.name, case.nightly))
 ]
 CORE = [run for run in RUNS if run.values[0][0].name in tiny.CONFIGS]
 

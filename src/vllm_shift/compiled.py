@@ -90,15 +90,19 @@ def config_of_twin(vllm_config: VllmConfig, through_peers: bool, groups: list[st
     # vLLM fuses sums over all ranks only, of which SP mode has none.
     compilation.pass_config = copy.copy(compilation.pass_config)
     compilation.pass_config.fuse_allreduce_rms = False
+    # No trials of combined kernels, which take seconds: Inductor combines all of less than 0.3 ms, whatever it finds
+    # (speedup_by_combo_kernel in torch/_inductor/scheduler.py).
+    inductor_config = compilation.inductor_compile_config | {"benchmark_combo_kernel": False}
     if through_peers:
         # vLLM has one place for it, where a pass of the user's own stays.
         passes = {current_platform.pass_key: OverlapPass()}
-        if passes.keys() & compilation.inductor_compile_config.keys():
+        if passes.keys() & inductor_config.keys():
             logger.warning(
                 "Shift Parallelism: a pass of your own in inductor_compile_config is in the place of OverlapPass, so "
                 "SP mode will be slower."
             )
-        compilation.inductor_compile_config = passes | compilation.inductor_compile_config
+        inductor_config = passes | inductor_config
+    compilation.inductor_compile_config = inductor_config
     config.additional_config = settings | {CONFIG_KEY: settings[CONFIG_KEY] | {"trace": trace}}
     return config
 

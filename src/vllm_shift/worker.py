@@ -79,13 +79,14 @@ class ShiftWorkerMixin(WorkerBase):
         # Within its pipeline stage; vLLM's TP group is all ranks of the stage.
         all_ranks = get_tp_group()
         dims = self.shift_config.dims(all_ranks.rank_in_group)
-        sp_group = _new_group(dims.sp_groups, dims.world, "ulysses_sp")
+        # Where SP spans all ranks their group does, too: NCCL would take half a GiB of each GPU for another.
+        sp_group = _new_group(dims.sp_groups, dims.world, "ulysses_sp") if dims.tp > 1 else all_ranks
         # With "tp" in its name a group gets vLLM's custom all-reduce. Whether these GPUs can have it is asked here, of
         # all ranks: vLLM looks at the first GPUs of the host, whichever the group has.
         name = "ulysses_tp" if why_not_direct(all_ranks) is None else "ulysses_rows"
         tp_group = _new_group(dims.tp_groups, dims.world, name) if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
-        self._shift_groups = [group for group in (sp_group, tp_group) if group is not None]
+        self._shift_groups = [] if tp_group is None else [sp_group, tp_group]
         if debug_wanted():
             self._step_check = StepCheck(get_world_group().cpu_group)
 
