@@ -12,6 +12,7 @@ from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.worker import ShiftWorkerMixin
 
 
@@ -39,6 +40,45 @@ def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(monkeypatch
     monkeypatch.setattr("vllm_shift.worker.current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr("vllm_shift.worker.get_tp_group", lambda: SimpleNamespace(device_communicator=None))
     assert Worker().determine_available_memory() == int(left * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("sp", "tp", "made"),
+    [(4, 1, []), (2, 2, [("ulysses_sp", [[0, 1], [2, 3]]), ("ulysses_tp", [[0, 2], [1, 3]])])],
+)
+def test_where_sp_spans_all_ranks_their_group_is_its_own(monkeypatch, sp, tp, made):
+    class Stock(WorkerBase):
+        def init_device(self):
+            pass
+
+    class Worker(ShiftWorkerMixin, Stock):
+        def __init__(self):
+            settings = ShiftConfig(ulysses_sequence_parallel_size=sp, tensor_parallel_size=tp).to_dict()
+            self.vllm_config = SimpleNamespace(additional_config={CONFIG_KEY: settings})
+
+        def _check_settings(self):
+            pass
+
+    class Group(SimpleNamespace):
+        """One that weak references may be made to."""
+
+    all_ranks = Group(unique_name="tp:0", rank_in_group=1)
+    groups = []
+
+    def new_group(ranks, stage_size, name):
+        groups.append((name, ranks))
+        return Group(unique_name=f"{name}:0")
+
+    monkeypatch.setattr("vllm_shift.worker.get_tp_group", lambda: all_ranks)
+    monkeypatch.setattr("vllm_shift.worker.why_not_direct", lambda group: None)
+    monkeypatch.setattr("vllm_shift.worker._new_group", new_group)
+    worker = Worker()
+    worker.init_device()
+    assert groups == made
+    assert (worker.switch.sp_group is all_ranks) == (not made)
+    # vLLM's own it destroys itself.
+    assert all_ranks not in worker._shift_groups
+    assert len(worker._shift_groups) == len(made)
 
 
 def attention_group(**attributes):
