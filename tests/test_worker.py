@@ -43,10 +43,14 @@ def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("sp", "tp", "made"),
-    [(4, 1, []), (2, 2, [("ulysses_sp", [[0, 1], [2, 3]]), ("ulysses_tp", [[0, 2], [1, 3]])])],
+    ("sp", "tp", "engines", "made"),
+    [
+        (4, 1, 1, []),
+        (4, 1, 2, [("ulysses_sp", [[0, 1, 2, 3]])]),
+        (2, 2, 1, [("ulysses_sp", [[0, 1], [2, 3]]), ("ulysses_tp", [[0, 2], [1, 3]])]),
+    ],
 )
-def test_where_sp_spans_all_ranks_their_group_is_its_own(monkeypatch, sp, tp, made):
+def test_the_first_engine_with_sp_over_all_ranks_shares_their_group(monkeypatch, sp, tp, engines, made):
     class Stock(WorkerBase):
         def init_device(self):
             pass
@@ -72,13 +76,13 @@ def test_where_sp_spans_all_ranks_their_group_is_its_own(monkeypatch, sp, tp, ma
     monkeypatch.setattr("vllm_shift.worker.get_tp_group", lambda: all_ranks)
     monkeypatch.setattr("vllm_shift.worker.why_not_direct", lambda group: None)
     monkeypatch.setattr("vllm_shift.worker._new_group", new_group)
-    worker = Worker()
-    worker.init_device()
+    workers = [Worker() for _ in range(engines)]
+    for worker in workers:
+        worker.init_device()
     assert groups == made
     assert (worker.switch.sp_group is all_ranks) == (not made)
-    # vLLM's own it destroys itself.
-    assert all_ranks not in worker._shift_groups
-    assert len(worker._shift_groups) == len(made)
+    # vLLM destroys its own itself.
+    assert [group.unique_name for group in worker._shift_groups] == [f"{name}:0" for name, _ in made]
 
 
 def attention_group(**attributes):

@@ -44,6 +44,11 @@ def register_group(group: GroupCoordinator) -> str:
     return str(group.unique_name)
 
 
+def is_registered(group: GroupCoordinator) -> bool:
+    """Whether an engine of this process exchanges, or has exchanged, in a group."""
+    return group.unique_name in _groups
+
+
 def use_peers(group: GroupCoordinator, peers: "PeerMemory") -> None:
     """Make a group's peers known to the ops of this module."""
     _peers[group] = peers
