@@ -38,6 +38,11 @@ def qkv_widths(layer: Attention) -> tuple[int, int, int]:
     return layer.num_heads * layer.head_size, kv_heads * layer.head_size, kv_heads * layer.head_size_v
 
 
+def as_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """``x`` as [rows, width]; itself where it is that already, as even then a reshape takes long to trace."""
+    return x if x.dim() == 2 and x.size(1) == width else x.reshape(-1, width)
+
+
 def register_group(group: GroupCoordinator) -> str:
     """Make a group known to the ops of this module; returns the name to pass."""
     _groups[group.unique_name] = group

@@ -149,7 +149,7 @@ class SlottedLinear(Slotted, LinearBase):
         if self.whole is not None:
             return self.whole.apply(x, bias)
         whole = self.weight_slots.whole
-        if x.shape[-1] != whole.shape[1]:
+        if x.size(-1) != whole.shape[1]:
             folded: torch.Tensor = torch.ops.vllm_shift.folded_linear(x, whole, bias)
             return folded
         out: torch.Tensor = dispatch_unquantized_gemm()(self, x, whole, bias)
@@ -185,7 +185,7 @@ class SlottedColumnParallelLinear(SlottedLinear, ColumnParallelLinear):
 
     def _rows(self, input_: torch.Tensor) -> torch.Tensor:
         out = self._product(input_, self._whole_bias())
-        return out.view(*out.shape[:-2], -1, out.shape[-1] // self.switch.dims.sp)
+        return out.view(*out.shape[:-2], -1, out.size(-1) // self.switch.dims.sp)
 
 
 class SlottedMergedColumnParallelLinear(SlottedColumnParallelLinear, MergedColumnParallelLinear):
@@ -252,7 +252,9 @@ class SlottedRowParallelLinear(SlottedLinear, RowParallelLinear):
         if self.switch.dims.tp_rank > 0 or self.skip_bias_add:
             bias = None
         out = self._product(input_, bias)
-        out = self.switch.all_reduce_tp(out.view(*input_.shape[:-2], -1, out.shape[-1]))
+        if input_.dim() > 2:
+            out = out.view(*input_.shape[:-2], -1, out.size(-1))
+        out = self.switch.all_reduce_tp(out)
         if not self.return_bias:
             return out
         return out, self.bias if self.skip_bias_add else None

@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from vllm_shift.dims import ParallelDims
+from vllm_shift.exchange import as_rows
 from vllm_shift.slots import Impersonate, Slots
 
 # vLLM's classes whose layers are known to work (those of compressed-tensors are called schemes), and whether they
@@ -113,7 +114,7 @@ class WholeLinear(LinearBase):
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product with ``x``, [n, input size of TP=T] or folded, in vLLM's own way: [n, output size of TP=T]."""
-        out: torch.Tensor = self.method.apply(self, x.reshape(-1, self.input_size_per_partition), bias)
+        out: torch.Tensor = self.method.apply(self, as_rows(x, self.input_size_per_partition), bias)
         return out
 
     def fill(self, name: str, data: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_shift.compiled import CompiledTwins
 from vllm_shift.dims import ParallelDims
-from vllm_shift.exchange import heads_to_tokens, qkv_widths, register_group, tokens_to_heads, why_not_direct
+from vllm_shift.exchange import as_rows, heads_to_tokens, qkv_widths, register_group, tokens_to_heads, why_not_direct
 from vllm_shift.gathered import Gather, gathered_modules, inside_gathered
 
 
@@ -246,7 +246,7 @@ class ModeSwitch:
         if not self.in_sp:
             return None
         # Code of transformers gives all slots of a token in one row.
-        q, k, v = (x.reshape(-1, width) for x, width in zip(args, qkv_widths(layer), strict=True))
+        q, k, v = (as_rows(x, width) for x, width in zip(args, qkv_widths(layer), strict=True))
         if not self.early:
             q, k, v = tokens_to_heads(q, k, v, self.dims.sp, self.group_name, self.through_peers)
         return (self.without_padding(q), self.without_padding(k), self.without_padding(v)), kwargs
