@@ -14,11 +14,12 @@ from mutations import MUTATIONS_OF_QUANTIZED
 from quantize import BLOCK, FORMS, FP8_MAX
 from rank_group import QUANTIZED, QUANTIZED_CHECKS, assert_same
 from test_early import bare
-from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import DeviceConfig, ModelConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.kernels import linear as kernels
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
 from vllm.model_executor.warmup import deep_gemm_warmup
 from vllm.platforms import PlatformEnum
@@ -103,8 +104,8 @@ def checkpoint(kind):
     }
 
 
-def make(kind, form, world, rank, switch=None):
-    """A layer of vLLM, or with ``switch`` of ours, on one rank, with the weights loaded and processed."""
+def make(kind, form, world, rank, switch=None, dummy=False):
+    """A layer of vLLM, or with ``switch`` of ours, on one rank, with the weights loaded, or made up, and processed."""
     if form in FOUR_BITS and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         pytest.skip("vLLM has no 4-bit kernel for this processor, which lacks AVX-512")
     with ExitStack() as stack:
@@ -125,14 +126,17 @@ def make(kind, form, world, rank, switch=None):
             )
         else:
             layer = linear.RowParallelLinear(MIDDLE, HIDDEN, quant_config=config, prefix="layers.0.down_proj")
-        for shard, (weight, bias) in checkpoint(kind).items():
+        model = torch.nn.Sequential(layer)
+        for shard, (weight, bias) in checkpoint(kind).items() if not dummy else ():
             parts = {"weight": weight} if form == "online" else FORMS[form][0](weight.float())[0]
             for name, x in (parts | {"bias": bias}).items():
                 param = getattr(layer, name)
                 param.weight_loader(param, x, *([] if shard is None else [shard]))
+        model_config = SimpleNamespace(dtype=torch.bfloat16)
+        if dummy:
+            DummyModelLoader(get_current_vllm_config().load_config).load_weights(model, model_config)
         if form == "online":
-            model_config = SimpleNamespace(dtype=torch.bfloat16)
-            finalize_layerwise_processing(torch.nn.Sequential(layer), model_config)
+            finalize_layerwise_processing(model, model_config)
         layer.quant_method.process_weights_after_loading(layer)
     return layer
 
@@ -187,6 +191,24 @@ def test_both_modes_equal_vllms_layers(form, kind, sp, tp):
             # Its one scale is that of TP=T in both modes.
             expected = found[:, dims.sp_rank]
         assert torch.equal(product(ours, own), expected)
+
+
+@pytest.mark.parametrize("form", ["online", "fp8-channel"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_made_up_weights_are_those_of_both_modes(form, kind, vllm_config, monkeypatch):
+    monkeypatch.setattr(vllm_config.load_config, "load_format", "dummy")
+    switch = SimpleNamespace(dims=ParallelDims(2, 1, 1), in_sp=False, early=False, all_reduce_tp=lambda x: x)
+    layer = make(kind, form, 2, 1, switch, dummy=True)
+    x = torch.randn(5, MIDDLE // 2 if kind == "down" else HIDDEN).bfloat16()
+    expected = product(layer, x)
+    assert expected.any()
+    switch.in_sp = layer.skip_bias_add = True
+    # Every slot is the same.
+    found, _ = layer(x.repeat_interleave(2, 0) if kind == "down" else x)
+    if kind == "down":
+        torch.testing.assert_close(found, 2 * expected, rtol=0.05, atol=1e-3)
+    else:
+        assert torch.equal(found.view(5, 2, -1), torch.stack((expected, expected), 1))
 
 
 @pytest.mark.parametrize("form", ["online", "fp8", "fp8-channel", "modelopt", "modelopt-cache", "modelopt-channel"])

@@ -108,6 +108,10 @@ class WholeLinear(LinearBase):
         # Its weights come from the slots, also where vLLM quantizes them online.
         get_layerwise_info(self).reset()
 
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Nothing, as what is here is made of the layer's own; vLLM's dummy loader fills all that is in one."""
+        return {} if destination is None else destination
+
     def finish(self) -> None:
         """When weights are loaded: vLLM sees a layer like its own, whose kernels it may warm up."""
         self.quant_method = self.method
