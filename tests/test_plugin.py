@@ -376,13 +376,11 @@ def test_a_config_gains_cuda_graph_sizes(threshold, most, hidden, chosen_by_user
     for mode, gained in ((CUDAGraphMode.FULL_AND_PIECEWISE, more), (CUDAGraphMode.FULL, more_if_full)):
         compilation = SimpleNamespace(
             cudagraph_capture_sizes=[*STOCK_SIZES], max_cudagraph_capture_size=512, cudagraph_mode=mode,
-            compile_sizes=[16, 496, 1000, 8000],
+            compile_sizes=[16, 1000, 8000],
         )  # fmt: skip
         config = SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler, model_config=model)
         translate._set_graph_sizes(config, ShiftConfig(1, 2, True, threshold), chosen_by_user)
         assert sorted(set(compilation.cudagraph_capture_sizes) - set(STOCK_SIZES)) == gained
-        lost = [] if chosen_by_user or threshold == "auto" else [*range(272, 496, 32)]
-        assert sorted(set(STOCK_SIZES) - set(compilation.cudagraph_capture_sizes)) == lost
         assert compilation.max_cudagraph_capture_size == compilation.cudagraph_capture_sizes[-1]
 
 
@@ -453,24 +451,7 @@ def test_graph_sizes_have_no_hole_where_few_requests_decode(last):
     assert fit_to_graphs(430, sizes) == 416
 
 
-@pytest.mark.parametrize(
-    ("threshold", "apart", "left"),
-    [
-        (256, 32, [*range(288, 513, 32)]),
-        (0, 64, [*range(320, 513, 64)]),
-        # What is in TP mode stays.
-        (304, 32, [272, 288, 304, 336, 368, 400, 432, 464, 496, 512]),
-        (300, 32, [272, 288, 300, 320, 352, 384, 416, 448, 480, 512]),
-        (600, 64, [*range(272, 513, 16)]),
-    ],
-)
-def test_sizes_of_sp_mode_lie_further_apart(threshold, apart, left):
-    sizes = graph_sizes(STOCK_SIZES, threshold, 512, apart)
-    assert sizes == [size for size in STOCK_SIZES if size <= 256] + left
-
-
 def test_graph_sizes_respect_the_user_and_the_token_budget():
-    assert graph_sizes([300, 512], 100, 0) == [100, 300, 512]
     assert graph_sizes([1, 8], 256, 0) == [1, 8]
     assert graph_sizes([1, 512], 100, 1024)[-1] == 1024
 

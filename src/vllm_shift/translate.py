@@ -6,11 +6,9 @@ all ranks. What makes it shift is a dict in ``additional_config`` and the name o
 
 import copy
 import hashlib
-import math
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +199,7 @@ def most_graph_tokens(hidden_size: int, world_size: int) -> int:
     return world_size * min(1536, 384 * 8192**2 // hidden_size**2)
 
 
-def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int, apart: int = 0) -> list[int]:
+def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[int]:
     """CUDA graph sizes of a shift engine, in tokens.
 
     The threshold becomes a size, so that no batch is padded from one mode into the other. Sizes of SP mode go further
@@ -212,7 +210,6 @@ def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int, apart: int
         max_tp_tokens: the threshold; 0 for none to add.
         extend_to: largest size to add, 8192 at most. They lie 64 to 512 tokens apart; up to 512, where vLLM's sizes
             end earlier for want of requests that decode, 16.
-        apart: how far vLLM's sizes above the threshold and 256 may lie apart; those that are not needed go.
     """
     sizes = set(stock)
     larger = (
@@ -225,12 +222,7 @@ def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int, apart: int
     sizes.update(size for size in larger if stock[-1] < size <= extend_to)
     if 0 < max_tp_tokens < max(sizes):
         sizes.add(max_tp_tokens)
-    kept: list[int] = []
-    for size, following in pairwise([*sorted(sizes), math.inf]):
-        needed = size <= max(256, max_tp_tokens) or size >= stock[-1]
-        if needed or following - max(kept, default=0) > apart:
-            kept.append(int(size))
-    return kept
+    return sorted(sizes)
 
 
 def _set_graph_sizes(vllm_config: Any, config: ShiftConfig, chosen_by_user: bool) -> None:
@@ -243,13 +235,10 @@ def _set_graph_sizes(vllm_config: Any, config: ShiftConfig, chosen_by_user: bool
     if chosen_by_user or compilation.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
         # In full graphs attention would split keys, which costs time and memory (limit_splits in worker.py).
         extend_to = 0
-    # As far apart for a rank as vLLM's for all tokens. A threshold that is measured later becomes one of the sizes.
-    apart = 0 if chosen_by_user or config.is_auto else min(16 * config.ulysses_sequence_parallel_size, 64)
-    sizes = graph_sizes(stock, 0 if config.is_auto else config.max_tp_tokens, extend_to, apart)
+    # A threshold that is measured later becomes one of the sizes.
+    sizes = graph_sizes(stock, 0 if config.is_auto else config.max_tp_tokens, extend_to)
     # vLLM's V1 model runner wants each size that is compiled for itself among them, up to the largest.
-    compiled = {size for size in compilation.compile_sizes or () if size in stock or stock[-1] < size <= sizes[-1]}
-    sizes = sorted({*sizes, *compiled})
+    sizes = sorted({*sizes, *(size for size in compilation.compile_sizes or () if stock[-1] < size <= sizes[-1])})
     if sizes != stock:
         compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, sizes[-1]
-        gained, lost = sorted(set(sizes) - set(stock)), sorted(set(stock) - set(sizes))
-        logger.info("CUDA graph sizes gain %s and lose %s for Shift Parallelism.", gained, lost)
+        logger.info("CUDA graph sizes gain %s for Shift Parallelism.", sorted(set(sizes) - set(stock)))
