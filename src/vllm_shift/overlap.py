@@ -4,7 +4,7 @@ After attention two ops in a row become one, so that the product with what needs
 exchange that brings a rank its tokens' heads, and the row-parallel product of them, which is usually the output
 projection. ``peers.py`` has that op's two ways to run.
 
-Ops of the exchange may return memory that other ranks write to, in which Inductor must not put anything else.
+Before attention an op returns memory that other ranks write to, in which Inductor must not put anything else.
 """
 
 from typing import Any

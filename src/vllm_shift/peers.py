@@ -6,10 +6,9 @@ instead, on a stream of their own, while the product before or after the exchang
 even a barrier: once kernels of two streams have run at the same time, a GPU leaves more time between the kernels of
 CUDA graphs from then on, and decoding takes 4 % longer (benchmarks/results/2026-11-25-h100-x2.md).
 
-Each direction has memory of its own, so that one barrier an exchange is enough. After the barrier of one direction
+Each direction has a buffer of its own, so that one barrier an exchange is enough. After the barrier of one direction
 every rank has read what it got by the other before, because its barrier comes after that on the same stream. So the
-next exchange may write there. Compiled code may read what came after attention even later, but not once attention runs
-again: two buffers take turns there, so that the next exchange writes elsewhere, and the one after it is late enough.
+next exchange may write there.
 """
 
 import math
@@ -168,7 +167,7 @@ class PeerMemory:
         layers: that exchange.
         rows: most rows of the folded view, n*S.
         dtype: of the activations.
-        keeps: whether attention ends what is compiled together, so that what came needs no copy.
+        keeps: whether what goes to attention is left alone until the next exchange; else it is copied.
 
     Attributes:
         swap_bytes: blocks of so many bytes and more travel beside products; infinite where none does.
@@ -184,14 +183,13 @@ class PeerMemory:
         self._keeps, self._with_heads = keeps, False
         self.swap_bytes: float = SWAP_BYTES if self._sp == 2 else math.inf
         self._heads = _Buffer(rows * max(sum(qkv_widths(x)) for x in layers), dtype, group)
-        most = rows * max(x.num_heads * x.head_size_v for x in layers)
-        self._tokens, self._last_tokens = _Buffer(most, dtype, group), _Buffer(most, dtype, group)
+        self._tokens = _Buffer(rows * max(x.num_heads * x.head_size_v for x in layers), dtype, group)
 
     def meet(self, group: GroupCoordinator) -> None:
-        """As ``_Buffer.meet``, for all of them."""
+        """As ``_Buffer.meet``, for both directions."""
         # The group is not kept: it is what these peers live as long as (exchange.py).
-        for buffer in (self._heads, self._tokens, self._last_tokens):
-            buffer.meet(group)
+        self._heads.meet(group)
+        self._tokens.meet(group)
 
     def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """[n*S, ...] each, in the folded view, to [n*S, all columns] in the head view."""
@@ -233,8 +231,7 @@ class PeerMemory:
 
     def heads_to_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """[n*S, ...] in the head view to the folded view."""
-        received = self._received_tokens(x)
-        return received if self._keeps else received.clone()
+        return self._received_tokens(x).clone()
 
     def heads_to_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[n*S, ...] in the head view; its tokens of this rank times ``weight`` [out, S * columns]: [n, out].
@@ -255,7 +252,7 @@ class PeerMemory:
         return rows * columns * self._item_size >= self.swap_bytes
 
     def _received_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """``heads_to_tokens`` in memory that the exchange after the next writes to."""
+        """``heads_to_tokens`` in memory that the next exchange writes to."""
         self._turn(to_heads=False)
         return self._tokens.exchange((x,), (1, len(x) // self._sp, self._sp, 1))
 
@@ -264,8 +261,6 @@ class PeerMemory:
         if self._with_heads == to_heads:
             raise RuntimeError("an exchange before attention must be followed by one after it, and the reverse")
         self._with_heads = to_heads
-        if not to_heads:
-            self._tokens, self._last_tokens = self._last_tokens, self._tokens
 
 
 def connect(group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig) -> bool:
@@ -304,8 +299,7 @@ def _share_memory(
     # Where attention is compiled together with what follows, Inductor would reuse the memory of its inputs.
     keeps = compilation.splitting_ops_contain_attention() and not compilation.use_inductor_graph_partition
     if keeps:
-        for op in (torch.ops.vllm_shift.peers_product_to_heads, torch.ops.vllm_shift.peers_heads_to_tokens):
-            never_reuse(op.default)
+        never_reuse(torch.ops.vllm_shift.peers_product_to_heads.default)
     # A rank without memory would leave the others waiting for it, so all ask before they meet.
     peers, problem = _attempt(
         "there is no memory for it",
