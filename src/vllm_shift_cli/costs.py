@@ -162,6 +162,7 @@ class Achieved:
         memory_share: of the GPU's memory that vLLM takes, its default.
         reserved: memory that is neither weights nor KV cache, in a TP engine.
         reserved_shift: the same, added by SP mode.
+        reserved_group: added to that where T > 1, by the SP group, which is then none of vLLM's own.
     """
 
     matmul_flops: float = 0.72
@@ -180,7 +181,8 @@ class Achieved:
     network_s: float = 10e-6
     memory_share: float = 0.92
     reserved: float = 1.2 * GIB
-    reserved_shift: float = 1.5 * GIB
+    reserved_shift: float = 1.0 * GIB
+    reserved_group: float = 0.5 * GIB
 
 
 ACHIEVED = Achieved()
@@ -249,7 +251,9 @@ def kv_bytes_per_token(model: ModelShape, world: int) -> int:
 
 def kv_tokens(model: ModelShape, layout: Layout, gpu: Gpu, achieved: Achieved = ACHIEVED) -> int:
     """Tokens of KV cache beside the weights; 0 where the weights do not fit."""
-    reserved = achieved.reserved + (achieved.reserved_shift if layout.sp > 1 else 0)
+    reserved = achieved.reserved
+    if layout.sp > 1:
+        reserved += achieved.reserved_shift + (achieved.reserved_group if layout.tp > 1 else 0)
     free = gpu.memory_gib * GIB * achieved.memory_share - weight_bytes(model, layout) - reserved
     return max(0, int(free // kv_bytes_per_token(model, layout.world)))
 
