@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from rank_group import CASES, NEVER, TOLERANCE, assert_same, thresholds_of
+from rank_group import CASES, NEVER, ON_FOUR_RANKS, TOLERANCE, assert_same, thresholds_of
 
 pytestmark = pytest.mark.engine
 
@@ -109,11 +109,11 @@ def test_stock_equals_transformers(groups, name, world, nightly):
         assert output["logprobs"] == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_an_engine_without_the_flags_has_nothing_of_ours(groups, world):
+@pytest.mark.parametrize(("world", "names"), [(2, tiny.CONFIGS), (4, ON_FOUR_RANKS)])
+def test_an_engine_without_the_flags_has_nothing_of_ours(groups, world, names):
     # Engines with the flags have run in the same processes before all but the first of these.
     for result in groups(world).results:
-        for name in tiny.CONFIGS:
+        for name in names:
             facts = result[f"{name}-stock"][0]["facts"]
             assert facts["replaced"] == []
             assert facts["hooks"] == 0
