@@ -4,6 +4,8 @@ In SP mode a tensor of "TP width" [N, w/P] becomes the *folded* view [n*S, w/P] 
 rank's tokens: row i*S + j is token i, slot j. It has as many rows and columns as in TP mode, so what a model does
 between two parallel layers (splits, rotary embedding, norms over a head, activations) stays as it is.
 
+What is traced asks for ``size(-1)``, not for ``shape[-1]``, which would trace the size of each dimension.
+
 The classes take the place of vLLM's through ``PluggableLayer.register_oot``, while the model of a shift engine is
 being built and at no other time.
 """
@@ -252,7 +254,7 @@ class SlottedRowParallelLinear(SlottedLinear, RowParallelLinear):
         if self.switch.dims.tp_rank > 0 or self.skip_bias_add:
             bias = None
         out = self._product(input_, bias)
-        if input_.dim() > 2:
+        if input_.dim() > 2:  # code of transformers; else nothing would change
             out = out.view(*input_.shape[:-2], -1, out.size(-1))
         out = self.switch.all_reduce_tp(out)
         if not self.return_bias:
