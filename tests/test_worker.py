@@ -24,14 +24,24 @@ class StockWorker:
 
 
 @pytest.mark.parametrize(
-    ("counted", "collectives", "left"),
-    [(0, 0, 1000 - 2 * 80 * 0.4), (0, 2, 1000 - 2 * 80 * 0.8), (0, 4, 1000 - 2 * 80 * 1.2), (9, 0, 991)],
+    ("counted", "collectives", "of_runner", "left"),
+    [
+        (0, 0, {}, 1000 - 2 * 80 * 0.4),
+        (0, 2, {"lora_capture_cases": [0]}, 1000 - 2 * 80 * 0.8),
+        (0, 4, {}, 1000 - 2 * 80 * 1.2),
+        (0, 0, {"lora_capture_cases": [0, 1, 2, 4, 5]}, 1000 - 5 * 2 * 80 * 0.4),
+        (9, 0, {}, 991),
+    ],
 )
-def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(monkeypatch, counted, collectives, left):
+def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(
+    monkeypatch, counted, collectives, of_runner, left
+):
     class Worker(ShiftWorkerMixin, StockWorker):
         def __init__(self):
             self.switch = SimpleNamespace(is_sp_step=lambda tokens: tokens > 256, nccl_collectives=lambda: collectives)
-            self.model_runner = SimpleNamespace(profile_run=None, profile_cudagraph_memory=lambda: counted * 2**20)
+            self.model_runner = SimpleNamespace(
+                profile_run=None, profile_cudagraph_memory=lambda: counted * 2**20, **of_runner
+            )
             compilation = SimpleNamespace(cudagraph_capture_sizes=[1, 256, 272, 512])
             self.vllm_config = SimpleNamespace(compilation_config=compilation)
             self.model_config, self.parallel_config = SimpleNamespace(get_num_layers=lambda parallel: 80), None

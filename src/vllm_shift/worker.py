@@ -191,7 +191,10 @@ class ShiftWorkerMixin(WorkerBase):
     def _graph_memory(self) -> int:
         sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or []
         layers = self.model_config.get_num_layers(self.parallel_config)
-        return graph_memory(sum(map(self.switch.is_sp_step, sizes)), layers, self.switch.nccl_collectives())
+        # The V2 model runner captures each size once a case of LoRA: without adapters, and with some number of them.
+        cases = len(getattr(self.model_runner, "lora_capture_cases", [0]))
+        captures = cases * sum(map(self.switch.is_sp_step, sizes))
+        return graph_memory(captures, layers, self.switch.nccl_collectives())
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """As the stock worker; then attention is told up to which step to split keys, see ``limit_splits``."""
@@ -418,13 +421,13 @@ def weight_bytes(model: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def graph_memory(sizes: int, layers: int, collectives: int) -> int:
-    """Bytes that the CUDA graphs of SP mode take on a GPU, about.
+def graph_memory(captures: int, layers: int, collectives: int) -> int:
+    """Bytes that so many CUDA graphs of SP mode take on a GPU, about.
 
-    Measured were 0.30 to 0.35 MiB a size and layer (benchmarks/results/2026-11-26-h100-x4.md), and 0.2 more for each
+    Measured were 0.30 to 0.35 MiB a graph and layer (benchmarks/results/2026-11-26-h100-x4.md), and 0.2 more for each
     collective of NCCL in a layer (2026-11-26-h200-x4.md).
     """
-    return int(sizes * layers * (0.4 + 0.2 * collectives) * 2**20)
+    return int(captures * layers * (0.4 + 0.2 * collectives) * 2**20)
 
 
 def limit_splits(model_runner: Any, vllm_config: Any) -> None:
