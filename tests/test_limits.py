@@ -26,7 +26,9 @@ def everything_unsupported(name):
         model_class_overrides={"LlamaForCausalLM": "mine:Llama"},
         is_encoder_decoder=True, runner_type="pooling", is_attention_free=True,
         using_transformers_backend=lambda: True, quantization="gguf", model_impl="terratorch", is_moe=True,
-        hf_text_config=SimpleNamespace(rope_parameters={"full_attention": {"rope_type": "longrope"}}),
+        hf_text_config=SimpleNamespace(
+            rope_parameters={"full_attention": {"rope_type": "longrope"}}, param_sink_number=128
+        ),
         architecture="Qwen3NextForCausalLM", is_deepseek_mla=True, use_mla=False,
     )  # fmt: skip
     speculative = SimpleNamespace(method="medusa", uses_dynamic_speculative_decoding=lambda: True)
@@ -37,7 +39,8 @@ def everything_unsupported(name):
             distributed_executor_backend="uni", nnodes=2,
         ),
         compilation_config=SimpleNamespace(
-            pass_config=SimpleNamespace(enable_sp=True), mode=1, dynamic_shapes_config=SimpleNamespace(type="unbacked")
+            pass_config=SimpleNamespace(enable_sp=True, fuse_attn_quant=True), mode=1,
+            dynamic_shapes_config=SimpleNamespace(type="unbacked"),
         ),
         lora_config=SimpleNamespace(fully_sharded_loras=True), speculative_config=speculative,
         weight_transfer_config=SimpleNamespace(backend="sparse_nccl"),
@@ -188,7 +191,7 @@ def nothing_unsupported():
             distributed_executor_backend="mp", data_parallel_backend="mp", nnodes=1,
         ),
         compilation_config=SimpleNamespace(
-            pass_config=SimpleNamespace(enable_sp=False), mode=CompilationMode.VLLM_COMPILE,
+            pass_config=SimpleNamespace(enable_sp=False, fuse_attn_quant=False), mode=CompilationMode.VLLM_COMPILE,
             dynamic_shapes_config=SimpleNamespace(type="backed"),
         ),
         observability_config=SimpleNamespace(enable_layerwise_nvtx_tracing=False),

@@ -178,6 +178,12 @@ MODEL_LIMITS = (
         "use stock vLLM's tensor parallelism: leave out --ulysses-sequence-parallel-size",
     ),
     Limit(
+        # vLLM writes them to the first blocks of the KV cache once, and the self-check uses these blocks.
+        "attention sinks that are kept in the KV cache",
+        lambda model: getattr(model.hf_text_config, "param_sink_number", 0),
+        "use stock vLLM's tensor parallelism: leave out --ulysses-sequence-parallel-size",
+    ),
+    Limit(
         # The layers that expand its latent vectors would be given those of a rank, and positions of all slots.
         "multi-head latent attention without its kernels",
         lambda model: model.is_deepseek_mla and not model.use_mla,
@@ -311,6 +317,12 @@ ENGINE_LIMITS = (
         "vLLM's sequence parallelism pass",
         lambda config: config.compilation_config.pass_config.enable_sp,
         "leave out pass_config.enable_sp and pass_config.fuse_gemm_comms",
+    ),
+    Limit(
+        # SP mode has the exchange between them, and FlashInfer's attention divides by a scale from then on.
+        "the fusion of attention with the quantization of its output",
+        lambda config: config.compilation_config.pass_config.fuse_attn_quant,
+        "leave out pass_config.fuse_attn_quant",
     ),
     Limit(
         # Models then say that there are as many tokens as positions, of which SP mode has one for each slot.
