@@ -10,7 +10,6 @@ from torch import nn
 
 from vllm_shift.failure import describe_step
 from vllm_shift.stuck import StuckStepWatch
-from vllm_shift.timing import CpuDevice
 
 LIMIT = 0.5
 
@@ -26,13 +25,18 @@ class Layer(nn.Module):
         self._released.wait(30)
 
 
-class BusyDevice(CpuDevice):
+class IdleDevice:
+    def is_idle(self) -> bool:
+        return True
+
+
+class BusyDevice:
     def is_idle(self) -> bool:
         return False
 
 
 @contextmanager
-def watch(device=CpuDevice):
+def watch(device=None):
     found = StuckStepWatch(3, device, LIMIT)
     thread = next(each for each in reversed(threading.enumerate()) if each.name == "StuckStepWatch")
     yield found
@@ -79,7 +83,7 @@ def test_a_step_whose_device_does_not_come_to_its_end(caplog_vllm):
     assert "it is on the device, after the call that launched it" in caplog_vllm.text
 
 
-class NearlyIdleDevice(CpuDevice):
+class NearlyIdleDevice:
     def __init__(self):
         self._answers = iter([False])
 
@@ -87,7 +91,7 @@ class NearlyIdleDevice(CpuDevice):
         return next(self._answers, True)
 
 
-@pytest.mark.parametrize("device", [CpuDevice, NearlyIdleDevice])
+@pytest.mark.parametrize("device", [None, IdleDevice, NearlyIdleDevice])
 def test_nothing_is_said_of_steps_that_end_or_fail(device, caplog_vllm):
     with watch(device) as found:
         with found.step(describe_step(64, 32)):
@@ -99,12 +103,14 @@ def test_nothing_is_said_of_steps_that_end_or_fail(device, caplog_vllm):
     assert caplog_vllm.messages == []
 
 
-class BrokenDevice(CpuDevice):
+class BrokenDevice:
     def is_idle(self) -> bool:
         raise RuntimeError("CUDA error")
 
 
-@pytest.mark.parametrize(("device", "ends"), [(CpuDevice, True), (BusyDevice, False), (BrokenDevice, True)])
+@pytest.mark.parametrize(
+    ("device", "ends"), [(None, True), (IdleDevice, True), (BusyDevice, False), (BrokenDevice, True)]
+)
 def test_whether_the_device_ends(device, ends):
     with watch(device) as found:
         assert found.device_ends_within(0.05)  # no step has run

@@ -117,12 +117,13 @@ class SlottedLinear(Slotted, LinearBase):
     def _make_slots(self, column: bool) -> None:
         if type(self.quant_method) is UnquantizedLinearMethod:
             self.quant_method = SlottedLinearMethod()
-            self.weight_slots = self._slots(self.weight, dim=0 if column else 1)
-            self.bias_slots = self._slots(self.bias, dim=0) if column and self.bias is not None else None
+            dims, loads_as = self.switch.dims, self.impersonate
+            self.weight_slots = Slots(self.weight, 0 if column else 1, dims, loads_as)
+            self.bias_slots = Slots(self.bias, 0, dims, loads_as) if column and self.bias is not None else None
             return
         check_method(self)
         is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
-        self.quant_method = TwoModeMethod(self, column, self.switch.dims, self.impersonate, is_dummy)
+        self.quant_method = TwoModeMethod(self, column, is_dummy)
 
     def stop_shifting(self) -> None:
         """Run as in TP mode from now on, in memory of that size."""
@@ -136,9 +137,6 @@ class SlottedLinear(Slotted, LinearBase):
         """Take what vLLM's loaders ask this layer for from the TP=P rank ``shard``."""
         self.tp_rank = shard
         self.update_param_tp_status()
-
-    def _slots(self, param: nn.Parameter, dim: int) -> Slots:
-        return Slots(param, dim, self.switch.dims, self.impersonate)
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x``, folded or not, times the weight of all slots; with LoRA, if there is."""
@@ -223,16 +221,12 @@ class UnfoldedQKVParallelLinear(SlottedQKVParallelLinear):
         """P, or T in SP mode."""
         return self.switch.dims.tp if self.runs_in_sp() else self.switch.dims.world
 
-    def forward(self, input_: torch.Tensor) -> Any:
-        """In SP mode: ``input_`` [.., n, in] gives [.., n, out/T], q of all slots first, then k, v; else vLLM's own."""
-        out = super().forward(input_)
-        if not self.runs_in_sp():
-            return out
-        out, bias = out if self.return_bias else (out, None)
+    def _rows(self, input_: torch.Tensor) -> torch.Tensor:
+        """[.., n, in] to [.., n, out/T]: q of all slots first, then k, v."""
+        out: Any = super()._rows(input_)
         slots = out.unflatten(-2, (-1, self.switch.dims.sp))
         parts = slots.split([size // self.switch.dims.world for size in self.output_sizes], dim=-1)
-        out = torch.cat([part.flatten(-2) for part in parts], dim=-1)
-        return (out, bias) if self.return_bias else out
+        return torch.cat([part.flatten(-2) for part in parts], dim=-1)
 
 
 class SlottedRowParallelLinear(SlottedLinear, RowParallelLinear):

@@ -14,20 +14,17 @@ from typing import Any
 import vllm
 from vllm.logger import init_logger
 
-from vllm_shift.config import AUTO, CONFIG_KEY, DEFAULT_THRESHOLD
+from vllm_shift.config import AUTO, CONFIG_KEY, ShiftConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
 SUPPORTED_VLLM = "0.26.0"
 
 
-@dataclasses.dataclass
-class ShiftArgs:
-    """The fields that ``EngineArgs`` gains."""
-
-    ulysses_sequence_parallel_size: int = 1
-    enable_shift_parallel: bool = False
-    shift_parallel_threshold: int | str = DEFAULT_THRESHOLD
+# The fields that EngineArgs gains; it has the first one already, and the last one has no flag.
+_FIELDS = [
+    field for field in dataclasses.fields(ShiftConfig) if field.name not in ("tensor_parallel_size", "self_check")
+]
 
 
 def register() -> None:
@@ -47,7 +44,7 @@ def register() -> None:
 
     if getattr(EngineArgs, "_vllm_shift", False):
         return
-    if taken := [field.name for field in dataclasses.fields(ShiftArgs) if hasattr(EngineArgs, field.name)]:
+    if taken := [field.name for field in _FIELDS if hasattr(EngineArgs, field.name)]:
         logger.error("Another vLLM plugin has added %s: vllm-shift leaves vLLM as it is.", taken)
         return
     EngineArgs._vllm_shift = True
@@ -60,29 +57,27 @@ def register() -> None:
 
 
 def _add_fields(cls: type) -> None:
-    """Let a dataclass take the fields of ``ShiftArgs`` as keyword arguments, too."""
+    """Let a dataclass take the fields in ``_FIELDS`` as keyword arguments, too."""
     stock_init = cls.__init__  # type: ignore[misc]
-    fields = dataclasses.fields(ShiftArgs)
 
     @functools.wraps(stock_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         # Defaults stay with the class: of an instance without our settings, vars() is what vLLM expects.
-        for field in fields:
+        for field in _FIELDS:
             if (value := kwargs.pop(field.name, field.default)) != field.default:
                 setattr(self, field.name, value)
         stock_init(self, *args, **kwargs)
 
     cls.__init__ = init  # type: ignore[misc]
-    for field in fields:
+    for field in _FIELDS:
         setattr(cls, field.name, field.default)
         cls.__dataclass_fields__[field.name] = field  # type: ignore[attr-defined]
 
 
 def _has_our_settings(engine_args: Any) -> bool:
-    fields = dataclasses.fields(ShiftArgs)
     additional = engine_args.additional_config
     in_config = isinstance(additional, Mapping) and CONFIG_KEY in additional
-    return in_config or any(getattr(engine_args, field.name) != field.default for field in fields)
+    return in_config or any(getattr(engine_args, field.name) != field.default for field in _FIELDS)
 
 
 def _add_pickling(engine_args: Any) -> None:
@@ -124,20 +119,20 @@ def _add_flags(engine_args: Any) -> None:
         exclusive.add_argument(
             "--ulysses-sequence-parallel-size",
             type=int,
-            default=ShiftArgs.ulysses_sequence_parallel_size,
+            default=ShiftConfig.ulysses_sequence_parallel_size,
             help="Ulysses sequence parallel degree. The engine uses tensor x ulysses GPUs.",
         )
         group.add_argument(
             "--enable-shift-parallel",
             action=argparse.BooleanOptionalAction,
-            default=ShiftArgs.enable_shift_parallel,
+            default=ShiftConfig.enable_shift_parallel,
             help="Run small batches with tensor parallelism over all tensor x ulysses GPUs. "
             "Without it every step runs with sequence parallelism.",
         )
         group.add_argument(
             "--shift-parallel-threshold",
             type=_threshold,
-            default=ShiftArgs.shift_parallel_threshold,
+            default=ShiftConfig.shift_parallel_threshold,
             help="Largest number of tokens in a step that still runs with tensor parallelism over all GPUs, "
             "or 'auto' to measure it at start-up.",
         )
@@ -155,9 +150,8 @@ def _add_handover(engine_args: Any) -> None:
 
     @functools.wraps(stock_from_cli_args)
     def from_cli_args(cls: Any, args: Any) -> Any:
-        fields = dataclasses.fields(ShiftArgs)
-        flags = {field.name: getattr(args, field.name, field.default) for field in fields}
-        given = {field.name: flags[field.name] for field in fields if flags[field.name] != field.default}
+        flags = {field.name: getattr(args, field.name, field.default) for field in _FIELDS}
+        given = {field.name: flags[field.name] for field in _FIELDS if flags[field.name] != field.default}
         others = getattr(args, "additional_config", None) or {}
         settings = others.get(CONFIG_KEY, {}) if isinstance(others, dict) else None
         if isinstance(settings, dict):
@@ -194,7 +188,7 @@ def _check_no_setting_is_misplaced(additional: Any) -> None:
     Raises:
         ValueError: names the key, and what it should be.
     """
-    names = [field.name for field in dataclasses.fields(ShiftArgs)]
+    names = [field.name for field in _FIELDS]
     for key in additional if isinstance(additional, Mapping) else ():
         spelt = str(key).replace("-", "_")
         if spelt in names:

@@ -65,14 +65,13 @@ class WholeLinear(LinearBase):
 
     Args:
         layer: the TP=P layer, as vLLM created it.
-        dims: the rank's place.
         column: whether its outputs are sharded, else its inputs are. The outputs of all slots follow each other.
 
     Attributes:
         method: vLLM's quantization method of this layer.
     """
 
-    def __init__(self, layer: Any, dims: ParallelDims, column: bool) -> None:
+    def __init__(self, layer: Any, column: bool) -> None:
         super().__init__(
             layer.input_size,
             layer.output_size,
@@ -85,6 +84,7 @@ class WholeLinear(LinearBase):
         # Not as ``quant_method`` until weights are loaded: vLLM would process this module, too.
         self.method: Any = self.__dict__.pop("quant_method")
         self.quant_method: Any = None
+        dims: ParallelDims = layer.switch.dims
         self.tp_size, self.tp_rank = dims.tp, dims.tp_rank
         self.allow_fp8_block_shape_mismatch = layer.allow_fp8_block_shape_mismatch
         in_slots, out_slots = (1, dims.sp) if column else (dims.sp, 1)
@@ -150,26 +150,24 @@ class TwoModeMethod(LinearMethodBase):
     """Stands in for a layer's quantization method until the weights are loaded.
 
     Args:
-        layer: a TP=P layer as vLLM created it; its parameters get slots.
+        layer: a ``SlottedLinear`` as vLLM created it, of TP=P; its parameters get slots.
         column: whether its outputs are sharded, else its inputs are.
-        dims: the rank's place.
-        impersonate: see ``Slots``.
         is_dummy: whether vLLM fills parameters by itself instead of loading them.
 
     Raises:
         NotImplementedError: shards of a parameter do not join into that of TP=T.
     """
 
-    def __init__(self, layer: Any, column: bool, dims: ParallelDims, impersonate: Impersonate, is_dummy: bool) -> None:
-        self._stock, self._dims, self._is_dummy = layer.quant_method, dims, is_dummy
+    def __init__(self, layer: Any, column: bool, is_dummy: bool) -> None:
+        self._stock, self._dims, self._is_dummy = layer.quant_method, layer.switch.dims, is_dummy
         self.uses_meta_device = self._stock.uses_meta_device
-        self._whole = WholeLinear(layer, dims, column)
+        self._whole = WholeLinear(layer, column)
         if self.uses_meta_device and column and layer.bias is not None:
             _move_to_meta(layer, "bias")
         self._slots: dict[str, Slots] = {}
         for name, param in layer.named_parameters(recurse=False):
             if (dim := self._sharded_dim(layer.prefix, name, param)) is not None:
-                self._slots[name] = self._make_slots(param, dim, impersonate)
+                self._slots[name] = self._make_slots(param, dim, layer.impersonate)
         if self.uses_meta_device:
             # vLLM wraps the loaders, now those of the slots, once more.
             initialize_online_processing(layer)
@@ -225,12 +223,12 @@ class TwoModeMethod(LinearMethodBase):
         del slots, data  # whose memory the methods may need for what they make
         self._whole.method.process_weights_after_loading(self._whole)
         self._stock.process_weights_after_loading(layer)
-        shared = share(layer, self._whole, self._dims, isinstance(self._stock, Fp8PerTensorOnlineLinearMethod))
+        shared = share(layer, self._whole, isinstance(self._stock, Fp8PerTensorOnlineLinearMethod))
         layer.second_copy = 0 if shared else loaded
         layer.whole, layer.quant_method = self._whole, self._stock
 
 
-def share(layer: Any, whole: Any, dims: ParallelDims, has_own_scales: bool) -> bool:
+def share(layer: Any, whole: Any, has_own_scales: bool) -> bool:
     """Make processed TP=P weights views of the whole's, where they are dense slices of it.
 
     Only weights: scales are small, and some kernels keep pointers to them.
@@ -238,13 +236,12 @@ def share(layer: Any, whole: Any, dims: ParallelDims, has_own_scales: bool) -> b
     Args:
         layer: with TP=P's parameters.
         whole: with TP=T's.
-        dims: the rank's place.
         has_own_scales: the weights were quantized here, with one scale each, so TP=P can take over TP=T's.
 
     Returns:
         Whether there was anything to share.
     """
-    shared = False
+    dims, shared = layer.switch.dims, False
     for name, of_whole in whole.named_parameters(recurse=False):
         param = layer._parameters.get(name)
         if param is None or (param.is_floating_point() and param.itemsize > 1):

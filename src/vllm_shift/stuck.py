@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from vllm.logger import init_logger
 
 from vllm_shift.failure import layer_of
-from vllm_shift.timing import Device
+from vllm_shift.timing import CudaDevice
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -33,13 +33,13 @@ class StuckStepWatch:
     Args:
         rank: of this process.
         device: makes what says whether the device is busy, which it may be when the call of a step has returned; called
-            where the steps are.
+            where the steps are. None on the CPU, where it cannot be.
         limit: seconds after which vLLM gives a step up; a step is reported after four fifths of them.
     """
 
-    def __init__(self, rank: int, device: Callable[[], Device], limit: float) -> None:
+    def __init__(self, rank: int, device: Callable[[], CudaDevice] | None, limit: float) -> None:
         self._rank, self._make_device, self._limit = rank, device, limit
-        self._device: Device | None = None
+        self._device: CudaDevice | None = None
         self._step: _Step | None = None
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="StuckStepWatch", daemon=True).start()
@@ -47,7 +47,7 @@ class StuckStepWatch:
     @contextmanager
     def step(self, description: str) -> Iterator[None]:
         """Watch the step, or the part of it, that runs inside, until its end on the device or until the next one."""
-        if self._device is None:
+        if self._device is None and self._make_device is not None:
             self._device = self._make_device()
         step = self._step = _Step(time.monotonic(), threading.get_ident(), description)
         try:

@@ -51,29 +51,14 @@ class CudaMark:
         return float(start._event.elapsed_time(self._event)) / 1000
 
 
-class Device(Protocol):
-    """Where the work of a thread runs; made in that thread."""
-
-    def is_idle(self) -> bool:
-        """Whether all of that work is done; asks, in any thread, and does not wait."""
-
-
-class CpuDevice:
-    """The process itself."""
-
-    def is_idle(self) -> bool:
-        """Always, once a call has returned."""
-        return True
-
-
 class CudaDevice:
-    """The current stream of a GPU."""
+    """The current stream of a GPU, of the thread that makes this."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.current_stream()
 
     def is_idle(self) -> bool:
-        """As ``Device``.
+        """Whether all work on it is done; asks, in any thread, and does not wait.
 
         Raises:
             RuntimeError: the GPU has failed.

@@ -35,7 +35,7 @@ from vllm_shift.stats import StepCounter
 from vllm_shift.stuck import StuckStepWatch
 from vllm_shift.switch import ModeSwitch
 from vllm_shift.threshold import fit_to_graphs, padded_sizes
-from vllm_shift.timing import ClockMark, CpuDevice, CudaDevice, CudaMark
+from vllm_shift.timing import ClockMark, CudaDevice, CudaMark
 from vllm_shift.translate import code_hash
 
 logger = init_logger(f"vllm.{__name__}")
@@ -55,7 +55,7 @@ class ShiftWorkerMixin(WorkerBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # What shutdown closes is here, because init_device may fail and shutdown comes nevertheless.
-        mark, device = (CudaMark, CudaDevice) if current_platform.is_cuda() else (ClockMark, CpuDevice)
+        mark, device = (CudaMark, CudaDevice) if current_platform.is_cuda() else (ClockMark, None)
         counts = open_counts(self.vllm_config) if self.rank == 0 else None
         self.shift_counter = StepCounter(mark, counts)
         self._shift_groups: list[GroupCoordinator] = []
