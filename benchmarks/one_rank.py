@@ -41,7 +41,7 @@ def shard(shape: str, ranks: int) -> dict[str, int]:
 def start_engine(args: argparse.Namespace, folder: Path) -> Any:
     from vllm import LLM
 
-    from vllm_shift.translate import graph_sizes, most_graph_tokens
+    from vllm_shift.graphs import graph_sizes, most_graph_tokens
 
     world = args.sp * args.tp
     model = write_config(shard(args.shape, args.tp if args.engine == "stock TP=T" else world), folder)

@@ -26,8 +26,8 @@ import vllm_shift
 from vllm_shift import limits, plugin, translate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig
 from vllm_shift.exit_code import ExitCode
-from vllm_shift.threshold import fit_to_graphs
-from vllm_shift.translate import _check_draft, graph_sizes
+from vllm_shift.graphs import fit_to_graphs, graph_sizes, set_graph_sizes
+from vllm_shift.translate import _check_draft
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -379,7 +379,7 @@ def test_a_config_gains_cuda_graph_sizes(threshold, most, hidden, chosen_by_user
             compile_sizes=[16, 1000, 8000],
         )  # fmt: skip
         config = SimpleNamespace(compilation_config=compilation, scheduler_config=scheduler, model_config=model)
-        translate._set_graph_sizes(config, ShiftConfig(1, 2, True, threshold), chosen_by_user)
+        set_graph_sizes(config, ShiftConfig(1, 2, True, threshold), chosen_by_user)
         assert sorted(set(compilation.cudagraph_capture_sizes) - set(STOCK_SIZES)) == gained
         assert compilation.max_cudagraph_capture_size == compilation.cudagraph_capture_sizes[-1]
 
@@ -392,7 +392,7 @@ def test_an_engine_without_cuda_graphs_gains_none(llama, compiled):
 
 def test_cuda_graph_sizes_of_the_user_are_known_as_such(llama, monkeypatch):
     found = []
-    monkeypatch.setattr(translate, "_set_graph_sizes", lambda config, shift, by_user: found.append(by_user))
+    monkeypatch.setattr(translate, "set_graph_sizes", lambda config, shift, by_user: found.append(by_user))
     create(llama, **SHIFT)
     create(llama, compilation_config={"cudagraph_capture_sizes": [1, 2]}, **SHIFT)
     create(llama, max_cudagraph_capture_size=8, **SHIFT)

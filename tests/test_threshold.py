@@ -13,8 +13,9 @@ from vllm.config import CUDAGraphMode
 
 from vllm_shift import calibrate, threshold
 from vllm_shift.dims import ParallelDims
+from vllm_shift.graphs import fit_to_graphs, padded_sizes
 from vllm_shift.switch import ModeSwitch
-from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold, fit_to_graphs, padded_sizes
+from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold
 
 MOST = 8192
 NCCL = (False, False)

@@ -12,8 +12,9 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_shift.graphs import padded_sizes
 from vllm_shift.switch import ModeSwitch
-from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold, padded_sizes
+from vllm_shift.threshold import StepTimes, TimesCache, candidates, decided, find_threshold
 
 logger = init_logger(f"vllm.{__name__}")
 

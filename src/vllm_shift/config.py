@@ -1,13 +1,18 @@
 """The settings of Shift Parallelism, and how they travel inside vLLM's own config."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from vllm_shift.dims import ParallelDims
 
 # The key under VllmConfig.additional_config, vLLM's dict for plugins.
 CONFIG_KEY = "shift_parallel"
+# There, too: what ``code_hash`` gives, because vLLM's compile cache takes account of that dict.
+CODE_KEY = "shift_parallel_code"
 
 DEFAULT_THRESHOLD = 256
 
@@ -123,3 +128,20 @@ class ShiftConfig:
     def dims(self, rank: int) -> ParallelDims:
         """The place of ``rank`` in the engine."""
         return ParallelDims(self.ulysses_sequence_parallel_size, self.tensor_parallel_size, rank)
+
+
+@cache
+def code_hash() -> str:
+    """Of this package: vLLM's compile cache hashes traced files only, and would miss a change of how weights lie."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]
+
+
+def most_step_tokens(scheduler_config: Any) -> int:
+    """Tokens of the largest step that is scheduled.
+
+    Fewer than a step may compute where vLLM keeps room for tokens that a draft model adds to each request, or where the
+    user says so (``max_num_scheduled_tokens``).
+    """
+    tokens: int = scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens
+    return tokens

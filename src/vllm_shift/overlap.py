@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from vllm.compilation.passes.inductor_pass import InductorPass
 
-from vllm_shift.translate import code_hash
+from vllm_shift.config import code_hash
 
 
 class OverlapPass(InductorPass):

@@ -32,6 +32,7 @@ from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
 
+from vllm_shift.config import most_step_tokens
 from vllm_shift.exchange import peers_of
 from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import SlottedQKVParallelLinear
@@ -49,7 +50,6 @@ from vllm_shift.rounding import (
     round_otherwise,
 )
 from vllm_shift.switch import ModeSwitch
-from vllm_shift.threshold import most_step_tokens
 
 if TYPE_CHECKING:
     from vllm_shift.peers import PeerMemory

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from vllm import envs
-from vllm.config import CUDAGraphMode
 from vllm.config.utils import hash_factors
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.utils.math_utils import round_up
+
+from vllm_shift.graphs import fit_to_graphs
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -36,16 +36,6 @@ class StepTimes:
     tokens: int
     tp_ms: float
     sp_ms: float
-
-
-def most_step_tokens(scheduler_config: Any) -> int:
-    """Tokens of the largest step that is scheduled.
-
-    Fewer than a step may compute where vLLM keeps room for tokens that a draft model adds to each request, or where the
-    user says so (``max_num_scheduled_tokens``).
-    """
-    tokens: int = scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens
-    return tokens
 
 
 def candidates(most: int) -> list[int]:
@@ -88,32 +78,6 @@ def find_threshold(times: list[StepTimes], most: int, sizes: list[int]) -> int:
     return fit_to_graphs(crossing, sizes)
 
 
-def padded_sizes(vllm_config: Any) -> list[int]:
-    """Numbers of tokens that steps are padded to, those of CUDA graphs, ascending.
-
-    Where only decode steps have graphs, vLLM's V2 model runner makes them for multiples of a request's tokens, of which
-    there are several with speculative decoding (vllm/v1/worker/gpu/cudagraph_utils.py). V1 has changed its sizes.
-    """
-    compilation = vllm_config.compilation_config
-    sizes: list[int] = compilation.cudagraph_capture_sizes or []
-    if not sizes or compilation.cudagraph_mode.mixed_mode() != CUDAGraphMode.NONE:
-        return sizes
-    rounded = {round_up(size, 1 + vllm_config.num_speculative_tokens) for size in sizes}
-    return sorted(size for size in rounded if size <= sizes[-1])
-
-
-def fit_to_graphs(max_tp_tokens: int, sizes: list[int]) -> int:
-    """The largest threshold up to ``max_tp_tokens`` at which no step is padded from TP mode into SP mode.
-
-    Args:
-        max_tp_tokens: the threshold that is wanted.
-        sizes: CUDA graph sizes, ascending.
-    """
-    if not sizes or max_tp_tokens > sizes[-1]:
-        return max_tp_tokens
-    return max((size for size in sizes if size <= max_tp_tokens), default=0)
-
-
 def _falling(values: Any) -> Any:
     """The non-increasing sequence nearest to ``values`` in least squares, by pooling adjacent violators."""
     pools: list[list[float]] = []
@@ -130,7 +94,7 @@ class TimesCache:
 
     Args:
         vllm_config: the engine's config; its hash covers the model, its shapes, dtype and layout, and the code of this
-            package (see translate.py).
+            package (``code_hash``).
         exchange: how SP mode exchanges, see ``ModeSwitch``: through peers, and early.
     """
 

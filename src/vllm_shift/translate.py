@@ -5,23 +5,19 @@ all ranks. What makes it shift is a dict in ``additional_config`` and the name o
 """
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from vllm import envs
-from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_shift.config import CONFIG_KEY, ShiftConfig
+from vllm_shift.config import CODE_KEY, CONFIG_KEY, ShiftConfig, code_hash, most_step_tokens
+from vllm_shift.graphs import chose_graph_sizes, set_graph_sizes
 from vllm_shift.limits import ENGINE_LIMITS, MODEL_LIMITS, UNCHECKED_LIMITS, check, check_model_shape
 from vllm_shift.metrics import publish
 from vllm_shift.owner import name_owner
-from vllm_shift.threshold import most_step_tokens
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -29,9 +25,6 @@ _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_shift.worker_cpu.ShiftCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "vllm_shift.worker_gpu.ShiftGPUWorker",
 }
-
-# In additional_config, of which vLLM's compile cache takes account.
-_CODE_KEY = "shift_parallel_code"
 
 
 def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +50,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
         return stock_create(stock_args, *args, **kwargs)
     _check_devices(config.world_size * engine_args.pipeline_parallel_size * _local_engines(engine_args), engine_args)
     _check_draft(config.world_size, engine_args)
-    ours = {CONFIG_KEY: config.to_dict(), _CODE_KEY: code_hash()}
+    ours = {CONFIG_KEY: config.to_dict(), CODE_KEY: code_hash()}
     stock_args.additional_config = (engine_args.additional_config or {}) | ours
 
     def create_model_config() -> Any:
@@ -79,7 +72,7 @@ def create_shift_engine_config(stock_create: Callable[..., Any], engine_args: An
         )
     name_owner()
     _use_shift_worker(vllm_config.parallel_config)
-    _set_graph_sizes(vllm_config, config, _chose_graph_sizes(engine_args))
+    set_graph_sizes(vllm_config, config, chose_graph_sizes(engine_args))
     if folder := vllm_config.compilation_config.cache_dir:
         # What vLLM finds in a directory of the user's own it takes, whatever engine left it there.
         of_this_engine = vllm_config.compute_hash()
@@ -111,13 +104,6 @@ def read_settings(engine_args: Any) -> ShiftConfig:
                 "give it once"
             )
     return ShiftConfig(**merged)
-
-
-@cache
-def code_hash() -> str:
-    """Of this package: vLLM's compile cache hashes traced files only, and would miss a change of how weights lie."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]
 
 
 def _local_engines(engine_args: Any) -> int:
@@ -182,63 +168,3 @@ def _use_shift_worker(parallel_config: Any) -> None:
             f"Shift Parallelism does not support --worker-cls {parallel_config.worker_cls}: leave it at auto"
         )
     parallel_config.worker_cls = _WORKERS[parallel_config.worker_cls]
-
-
-def _chose_graph_sizes(engine_args: Any) -> bool:
-    places = (engine_args, engine_args.compilation_config)
-    return any(place.cudagraph_capture_sizes or place.max_cudagraph_capture_size for place in places)
-
-
-def most_graph_tokens(hidden_size: int, world_size: int) -> int:
-    """Tokens of the largest step that is worth a CUDA graph in SP mode: larger ones take longer to run than to launch.
-
-    Launching takes about 1.1 ms a layer, whatever its size. Running goes with the square of the hidden size: where that
-    is 8,192, it takes as long at 1,536 tokens on four H100 (benchmarks/results/2026-11-26-h100-x4.md). The limit is not
-    above 1,536 tokens a rank, up to which graphs have been measured (benchmarks/results/2026-11-27-h200-x2.md).
-    """
-    return world_size * min(1536, 384 * 8192**2 // hidden_size**2)
-
-
-def graph_sizes(stock: list[int], max_tp_tokens: int, extend_to: int) -> list[int]:
-    """CUDA graph sizes of a shift engine, in tokens.
-
-    The threshold becomes a size, so that no batch is padded from one mode into the other. Sizes of SP mode go further
-    than vLLM's default of 512, because a rank's share of a large step still takes longer to launch than to compute.
-
-    Args:
-        stock: vLLM's sizes, ascending.
-        max_tp_tokens: the threshold; 0 for none to add.
-        extend_to: largest size to add, 8192 at most. They lie 64 to 512 tokens apart; up to 512, where vLLM's sizes
-            end earlier for want of requests that decode, 16.
-    """
-    sizes = set(stock)
-    larger = (
-        *range(16, 513, 16),
-        *range(576, 1024, 64),
-        *range(1024, 2048, 128),
-        *range(2048, 4096, 256),
-        *range(4096, 8193, 512),
-    )
-    sizes.update(size for size in larger if stock[-1] < size <= extend_to)
-    if 0 < max_tp_tokens < max(sizes):
-        sizes.add(max_tp_tokens)
-    return sorted(sizes)
-
-
-def _set_graph_sizes(vllm_config: Any, config: ShiftConfig, chosen_by_user: bool) -> None:
-    compilation = vllm_config.compilation_config
-    stock = compilation.cudagraph_capture_sizes
-    if not stock:  # vLLM captures no graphs
-        return
-    worthwhile = most_graph_tokens(vllm_config.model_config.get_hidden_size(), config.world_size)
-    extend_to = min(vllm_config.scheduler_config.max_num_batched_tokens, worthwhile)
-    if chosen_by_user or compilation.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
-        # In full graphs attention would split keys, which costs time and memory (limit_splits in worker.py).
-        extend_to = 0
-    # A threshold that is measured later becomes one of the sizes.
-    sizes = graph_sizes(stock, 0 if config.is_auto else config.max_tp_tokens, extend_to)
-    # vLLM's V1 model runner wants each size that is compiled for itself among them, up to the largest.
-    sizes = sorted({*sizes, *(size for size in compilation.compile_sizes or () if stock[-1] < size <= sizes[-1])})
-    if sizes != stock:
-        compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, sizes[-1]
-        logger.info("CUDA graph sizes gain %s for Shift Parallelism.", sorted(set(sizes) - set(stock)))

@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_shift.agreement import VARIABLE, StepCheck, check_settings, debug_wanted
 from vllm_shift.calibrate import calibrate
-from vllm_shift.config import CONFIG_KEY, ShiftConfig
+from vllm_shift.config import CONFIG_KEY, ShiftConfig, code_hash
 from vllm_shift.exchange import custom_all_reduce, is_registered, why_not_direct
 from vllm_shift.failure import describe_failure, describe_step, failed_captures_end_at_once
 from vllm_shift.gathered import inside_gathered
+from vllm_shift.graphs import fit_to_graphs, graph_memory, limit_splits, padded_sizes
 from vllm_shift.layers import check_layers, slotted_layers, stock_layers, stop_shifting, unfold, why_not_early
 from vllm_shift.limits import TESTED
 from vllm_shift.lora import attach_adapters
@@ -34,9 +34,7 @@ from vllm_shift.slots import Slots
 from vllm_shift.stats import StepCounter
 from vllm_shift.stuck import StuckStepWatch
 from vllm_shift.switch import ModeSwitch
-from vllm_shift.threshold import fit_to_graphs, padded_sizes
 from vllm_shift.timing import ClockMark, CudaDevice, CudaMark
-from vllm_shift.translate import code_hash
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -419,32 +417,6 @@ def weight_bytes(model: nn.Module) -> int:
     # The storage behind a parameter with slots is that of all its slots.
     storages = [parameter.untyped_storage() for parameter in model.parameters()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def graph_memory(captures: int, layers: int, collectives: int) -> int:
-    """Bytes that so many CUDA graphs of SP mode take on a GPU, about.
-
-    Measured were 0.30 to 0.35 MiB a graph and layer (benchmarks/results/2026-11-26-h100-x4.md), and 0.2 more for each
-    collective of NCCL in a layer (2026-11-26-h200-x4.md).
-    """
-    return int(captures * layers * (0.4 + 0.2 * collectives) * 2**20)
-
-
-def limit_splits(model_runner: Any, vllm_config: Any) -> None:
-    """Let attention split keys over 32 parts up to the largest step only that a full CUDA graph may run.
-
-    FlashAttention 3 does so in each step up to the largest CUDA graph size, and keeps what the parts give: float32 [32,
-    heads of a rank, tokens, head size], up to 1 GiB with the sizes of SP mode, which no profile sees. In larger steps
-    it decides for itself (vllm/v1/attention/backends/flash_attn.py).
-    """
-    if vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
-        return
-    most = vllm_config.scheduler_config.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
-    drafter = getattr(model_runner, "drafter", None)
-    for group in (*chain(*model_runner.attn_groups), *getattr(drafter, "draft_attn_groups", ())):
-        for builder in group.metadata_builders:
-            if getattr(builder, "max_cudagraph_size", None):
-                builder.max_cudagraph_size = min(builder.max_cudagraph_size, most)
 
 
 def _describe_copies(layers: list[Any]) -> str:
