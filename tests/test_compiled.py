@@ -111,7 +111,7 @@ def test_each_compiled_module_of_the_language_model_has_a_twin(wrapped):
     stock = list(wrapped.modules())
     twins = CompiledTwins(wrapped, config, through_peers=False, groups=["ulysses_sp:0"])
     assert twins
-    twins.swap_in()
+    twins.swap(in_sp=True)
     twin = wrapped.language[0]
     assert [a for a, b in zip(stock, wrapped.modules(), strict=True) if a is not b] == [stock[2]]
     assert twin.weight is stock[2].weight
@@ -122,7 +122,7 @@ def test_each_compiled_module_of_the_language_model_has_a_twin(wrapped):
         saved = module.save_aot_compiled_function
         assert saved.func == twins.saves._start
         assert saved.args[0].__self__ is module
-    twins.swap_out()
+    twins.swap(in_sp=False)
     assert all(a is b for a, b in zip(stock, wrapped.modules(), strict=True))
 
 
@@ -130,14 +130,14 @@ def test_a_compiled_module_with_two_parents_has_one_twin(wrapped):
     stock = wrapped.again = wrapped.language[0]
     config = config_with(CompilationConfig(mode=CompilationMode.VLLM_COMPILE))
     twins = CompiledTwins(wrapped, config, through_peers=False, groups=["ulysses_sp:0"])
-    twins.swap_in()
+    twins.swap(in_sp=True)
     twin = wrapped.language[0]
     assert wrapped.again is twin is not stock
     for module in (stock, twin):
         # Taken over once: what saves in the background is vLLM's own method, of this module.
         assert module.save_aot_compiled_function.args[0].__func__ is Wrapper.save_aot_compiled_function
         assert module.save_aot_compiled_function.args[0].__self__ is module
-    twins.swap_out()
+    twins.swap(in_sp=False)
     assert wrapped.again is wrapped.language[0] is stock
 
 
@@ -145,9 +145,9 @@ def test_what_vllm_cleans_up_in_a_model_is_cleaned_up_in_its_twins(wrapped):
     config = config_with(CompilationConfig(mode=CompilationMode.VLLM_COMPILE))
     twins = CompiledTwins(wrapped, config, through_peers=False, groups=["ulysses_sp:0"])
     stock = wrapped.language[0]
-    twins.swap_in()
+    twins.swap(in_sp=True)
     twin = wrapped.language[0]
-    twins.swap_out()
+    twins.swap(in_sp=False)
     assert not twin.cleaned_up
     stock.cleanup()
     assert stock.cleaned_up

@@ -11,7 +11,7 @@ from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
 from vllm_shift.dims import ParallelDims
-from vllm_shift.lora import OwnTokens, attach_adapters
+from vllm_shift.lora import TokenAdapters, attach_adapters
 
 ADAPTERS, MOST = 4, 32
 
@@ -45,7 +45,7 @@ def test_each_rank_finds_the_adapters_of_its_tokens(sp, num_tokens):
     mapping[0] = 2
     stock, rows = stock_punica(mapping), -(-num_tokens // sp)
     for rank in range(sp):
-        own = OwnTokens(stock, ParallelDims(sp, 1, rank))
+        own = TokenAdapters(stock, ParallelDims(sp, 1, rank))
         own.take(num_tokens)
         expected: dict[int, list[int]] = {}
         for row, adapter in enumerate(mapping[rank * rows : (rank + 1) * rows]):
@@ -61,7 +61,7 @@ def test_each_rank_finds_the_adapters_of_its_tokens(sp, num_tokens):
 
 def test_a_step_without_adapters_is_one_on_every_rank():
     stock = stock_punica([-1] * 9)
-    own = OwnTokens(stock, ParallelDims(2, 1, 1))
+    own = TokenAdapters(stock, ParallelDims(2, 1, 1))
     own.take(9)
     flag = own.punica.token_mapping_meta.no_lora_flag_cpu
     assert flag.item()
@@ -77,7 +77,7 @@ class Adapted(BaseLayerWithLoRA):
 
 def attach(model, most):
     scheduler = SimpleNamespace(max_num_batched_tokens=most)
-    switch = SimpleNamespace(dims=ParallelDims(3, 1, 0), own_tokens=None)
+    switch = SimpleNamespace(dims=ParallelDims(3, 1, 0), token_adapters=None)
     attach_adapters(model, switch, SimpleNamespace(lora_config=None, scheduler_config=scheduler))
 
 

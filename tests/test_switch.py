@@ -210,7 +210,7 @@ def test_a_model_without_attention_is_refused(make):
 def twins(monkeypatch):
     """What happens to the compiled twins: whether they exchange through peers, in and out."""
     events = []
-    swaps = SimpleNamespace(swap_in=lambda: events.append("in"), swap_out=lambda: events.append("out"))
+    swaps = SimpleNamespace(swap=lambda in_sp: events.append("in" if in_sp else "out"))
     monkeypatch.setattr(
         switch_module,
         "CompiledTwins",

@@ -62,15 +62,10 @@ class CompiledTwins:
     def __bool__(self) -> bool:
         return bool(self._swaps)
 
-    def swap_in(self) -> None:
-        """Let the model call the twins."""
-        for parent, name, _, twin in self._swaps:
-            setattr(parent, name, twin)
-
-    def swap_out(self) -> None:
-        """Let the model call its own modules again."""
-        for parent, name, stock, _ in self._swaps:
-            setattr(parent, name, stock)
+    def swap(self, in_sp: bool) -> None:
+        """Let the model call the twins, or its own modules again."""
+        for parent, name, stock, twin in self._swaps:
+            setattr(parent, name, twin if in_sp else stock)
 
 
 def config_of_twin(vllm_config: VllmConfig, through_peers: bool, groups: list[str]) -> Any:

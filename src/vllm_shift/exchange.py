@@ -160,15 +160,15 @@ def tokens_to_heads(
         received = torch.ops.vllm_shift.peers_tokens_to_heads(q, k, v, group_name)
     else:
         received = rows_to_heads((q, k, v), sp, group_name)
-    q, k, v = received.split([x.shape[-1] for x in (q, k, v)], dim=-1)
+    q, k, v = received.split([x.size(-1) for x in (q, k, v)], dim=-1)
     return q, k, v
 
 
 def rows_to_heads(rows: Sequence[torch.Tensor], sp: int, group_name: str) -> torch.Tensor:
     """Tensors [n*S, ...] from the folded view to the head view, side by side: [n*S, all columns]."""
-    blocks = [x.view(-1, sp, x.shape[-1]).transpose(0, 1) for x in rows]
+    blocks = [x.view(-1, sp, x.size(-1)).transpose(0, 1) for x in rows]
     send = torch.cat(blocks, dim=-1).contiguous()
-    received: torch.Tensor = torch.ops.vllm_shift.all_to_all(send, group_name).view(-1, send.shape[-1])
+    received: torch.Tensor = torch.ops.vllm_shift.all_to_all(send, group_name).view(-1, send.size(-1))
     return received
 
 
@@ -178,6 +178,6 @@ def heads_to_tokens(x: torch.Tensor, sp: int, group_name: str, through_peers: bo
     if through_peers:
         folded = torch.ops.vllm_shift.peers_heads_to_tokens(x, group_name)
     else:
-        received = torch.ops.vllm_shift.all_to_all(x.view(sp, -1, x.shape[-1]), group_name)
+        received = torch.ops.vllm_shift.all_to_all(x.view(sp, -1, x.size(-1)), group_name)
         folded = received.transpose(0, 1).reshape(x.shape)
     return folded

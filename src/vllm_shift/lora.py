@@ -3,8 +3,8 @@
 vLLM wraps each layer of the model in one that adds B A x of the adapter that a token's request names. A layer with
 slots gets such a wrapper for every slot, each filled by vLLM as on the rank that the slot belongs to. The outputs of a
 column-parallel layer's slots lie side by side, so one product takes all their Bs as its slices; likewise the As of a
-row-parallel layer, whose inputs do. vLLM knows the adapter of every token of a step; ``OwnTokens`` has those of this
-rank's tokens.
+row-parallel layer, whose inputs do. vLLM knows the adapter of every token of a step; ``TokenAdapters`` has those of
+this rank's tokens.
 """
 
 import copy
@@ -25,7 +25,7 @@ from vllm_shift.gathered import inside_gathered
 from vllm_shift.layers import SlottedLinear, SlottedRowParallelLinear
 
 
-class OwnTokens:
+class TokenAdapters:
     """The adapters of this rank's tokens, for vLLM's LoRA kernels.
 
     Args:
@@ -86,13 +86,13 @@ class OwnTokens:
         own.lora_token_start_loc[:-1].copy_((mapping < ids).sum(1))
 
 
-class _OwnTokensLayer(BaseLayerWithLoRA):
+class _ReplicatedLayer(BaseLayerWithLoRA):
     """One of vLLM's LoRA layers whose weights are the same on all ranks, on this rank's tokens in SP mode."""
 
     @property
     def punica_wrapper(self) -> Any:
         """Of the tokens of the mode that runs."""
-        return self.own_tokens.punica if self.switch.in_sp else self.stock_punica
+        return self.token_adapters.punica if self.switch.in_sp else self.stock_punica
 
 
 class _SlottedLayer(BaseLayerWithLoRA):
@@ -120,13 +120,13 @@ class SlotAdapters:
 
     Args:
         layer: vLLM's LoRA layer around a layer with slots; becomes one that fills all slots.
-        own_tokens: of the step that runs.
+        token_adapters: of the step that runs.
         lora_config: vLLM's.
     """
 
-    def __init__(self, layer: Any, own_tokens: OwnTokens, lora_config: Any) -> None:
+    def __init__(self, layer: Any, token_adapters: TokenAdapters, lora_config: Any) -> None:
         base, dims = layer.base_layer, layer.base_layer.switch.dims
-        self._own_tokens = own_tokens
+        self._adapters = token_adapters
         is_row = isinstance(base, SlottedRowParallelLinear)
         slots = []
         for shard in dims.slots:
@@ -156,7 +156,7 @@ class SlotAdapters:
         """Change ``output`` [n, outputs of all slots] in place; ``x`` [n, inputs] or folded."""
         x = x.reshape(len(output), -1)
         # All slots at once: for one B at two places of outputs, vLLM's kernels would remember one place.
-        self._own_tokens.punica.add_lora_linear(output, x, self._a, self._b, 1.0, self._slices)
+        self._adapters.punica.add_lora_linear(output, x, self._a, self._b, 1.0, self._slices)
 
 
 def attach_adapters(model: nn.Module, switch: Any, vllm_config: Any) -> None:
@@ -164,7 +164,7 @@ def attach_adapters(model: nn.Module, switch: Any, vllm_config: Any) -> None:
 
     Args:
         model: the model.
-        switch: the ``ModeSwitch``; its ``own_tokens`` are told of each step of SP mode.
+        switch: the ``ModeSwitch``; its ``token_adapters`` are told of each step of SP mode.
         vllm_config: of the engine.
 
     Raises:
@@ -182,15 +182,15 @@ def attach_adapters(model: nn.Module, switch: Any, vllm_config: Any) -> None:
                     f"{name}: LoRA needs --max-num-batched-tokens that is a multiple of {switch.dims.sp}, got {most}"
                 )
             continue
-        if switch.own_tokens is None:
-            switch.own_tokens = OwnTokens(layer.punica_wrapper, switch.dims)
+        if switch.token_adapters is None:
+            switch.token_adapters = TokenAdapters(layer.punica_wrapper, switch.dims)
         base: Any = getattr(layer, "base_layer", None)
-        kind: Any = _OwnTokensLayer
+        kind: Any = _ReplicatedLayer
         if isinstance(layer, ReplicatedLinearWithLoRA | VocabParallelEmbeddingWithLoRA):
-            layer.switch, layer.own_tokens, layer.stock_punica = switch, switch.own_tokens, layer.punica_wrapper
+            layer.switch, layer.token_adapters, layer.stock_punica = switch, switch.token_adapters, layer.punica_wrapper
             del layer.punica_wrapper
         elif isinstance(base, SlottedLinear) and base.shifts:
-            base.adapters = SlotAdapters(layer, switch.own_tokens, lora_config)
+            base.adapters = SlotAdapters(layer, switch.token_adapters, lora_config)
             kind = _SlottedLayer
         elif isinstance(layer, LogitsProcessorWithLoRA):
             continue  # runs as in TP mode

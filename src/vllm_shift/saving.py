@@ -33,14 +33,14 @@ class BackgroundSaves:
 
     def __init__(self) -> None:
         self._running: list[tuple[psutil.Process, float, Callable[[], None]]] = []
-        self._waits = True
+        self._starting = True
 
     def take_over(self, module: Any) -> None:
         """Of a module with vLLM's ``support_torch_compile``: what it saves is saved in the background."""
         module.save_aot_compiled_function = partial(self._start, module.save_aot_compiled_function)
 
     def _start(self, save: Callable[[], None]) -> None:
-        if envs.VLLM_DISABLE_COMPILE_CACHE or not self._waits:
+        if envs.VLLM_DISABLE_COMPILE_CACHE or not self._starting:
             save()
             return
         worker = os.getpid()
@@ -63,11 +63,11 @@ class BackgroundSaves:
                 logger.warning("Saving a compiled model holds up the start: a process for it ended with %s.", status)
                 save()
         self._running.clear()
-        self._waits = False
+        self._starting = False
 
 
 def _status(process: psutil.Process, timeout: float) -> int | None:
-    """With which a child ends, or is ended after so many seconds; None where nobody knows, as SIGCHLD is ignored."""
+    """Exit status of a child, killed after so many seconds; None where SIGCHLD is ignored, so that nobody knows it."""
     try:
         status: int | None = process.wait(timeout)
     except psutil.TimeoutExpired:

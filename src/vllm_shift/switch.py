@@ -28,6 +28,8 @@ from vllm_shift.gathered import Gather, gathered_modules, inside_gathered
 class ModeSwitch:
     """The mode of the running step, shared by the layers of one rank's model.
 
+    It is made before the model, whose layers are tied to it; ``attach`` comes when the model is there.
+
     Args:
         dims: the rank's place.
         max_tp_tokens: steps of up to this many tokens run in TP mode, larger ones in SP mode.
@@ -40,7 +42,7 @@ class ModeSwitch:
         early: q, k and v are exchanged where they are made, see ``layers.why_not_early``.
         group_name: of the SP group, for ``exchange.py``.
         through_peers: exchange through each other's memory, see ``peers.py``.
-        own_tokens: LoRA adapters of this rank's tokens, see ``lora.py``; None without LoRA.
+        token_adapters: LoRA adapters of this rank's tokens, see ``lora.py``; None without LoRA.
         position_repeats: rows of ``positions`` a token in SP mode. S where rotary embedding sees folded views; 1 where
             a token has one row: in code of transformers, where all attention is gathered (code like DeepSeek-V2's
             compares these rows with those of hidden states), and where positions are learned.
@@ -58,7 +60,7 @@ class ModeSwitch:
         self.sp_group, self._tp_group = sp_group, tp_group
         self.group_name = register_group(sp_group)
         self.in_sp = self.eager = self.early = self.through_peers = False
-        self.own_tokens: Any = None
+        self.token_adapters: Any = None
 
     @contextmanager
     def threshold(self, max_tp_tokens: int) -> Iterator[None]:
@@ -180,10 +182,10 @@ class ModeSwitch:
         self.in_sp, self._num_tokens = True, num_tokens
         for gather in self._gathers:
             gather.take_over_sums(True)
-        if self.own_tokens is not None:
-            self.own_tokens.take(num_tokens)
+        if self.token_adapters is not None:
+            self.token_adapters.take(num_tokens)
         if not self.eager:
-            self._twins.swap_in()
+            self._twins.swap(in_sp=True)
         return args, kwargs | inputs
 
     def _own_rows(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -228,19 +230,19 @@ class ModeSwitch:
         self.in_sp = False
         for gather in self._gathers:
             gather.take_over_sums(False)
-        self._twins.swap_out()
+        self._twins.swap(in_sp=False)
         get_forward_context().skip_compiled = False
         if output is None:  # the model raised
             return None
-        return self._gather(output)
+        return self._all_rows(output)
 
-    def _gather(self, output: Any) -> Any:
+    def _all_rows(self, output: Any) -> Any:
         """All ranks' rows of a model's output: hidden states, alone or with those for EAGLE-3, or between stages."""
         if isinstance(output, torch.Tensor):
             return self.sp_group.all_gather(output, dim=0)[: self._num_tokens]
         if isinstance(output, IntermediateTensors):
-            return IntermediateTensors({name: self._gather(rows) for name, rows in output.items()})
-        return type(output)(self._gather(part) for part in output)
+            return IntermediateTensors({name: self._all_rows(rows) for name, rows in output.items()})
+        return type(output)(self._all_rows(part) for part in output)
 
     def _before_attention(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.in_sp:

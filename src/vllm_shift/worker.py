@@ -108,7 +108,7 @@ class ShiftWorkerMixin(WorkerBase):
         """As the stock worker, with our layers in the model.
 
         Raises:
-            NotImplementedError: the model has a layer, or takes an input, that SP mode does not know.
+            NotImplementedError: the model has a layer that SP mode does not know.
             RuntimeError: another plugin has replaced a layer.
         """
         # The V1 and the V2 model runner call it differently.
@@ -131,6 +131,7 @@ class ShiftWorkerMixin(WorkerBase):
             replaced.enter_context(_replaced(self.model_runner, "load_model", load_model))
             super().load_model(load_dummy_weights=load_dummy_weights)
         model = self.model_runner.get_model()
+        # Two ranks only, of which each makes one half while the other half travels (peers.py).
         if self.switch.dims.sp == 2:
             problem = why_not_early(model)
             self.switch.early = problem is None
@@ -165,6 +166,9 @@ class ShiftWorkerMixin(WorkerBase):
         """As the stock worker, whose profile is of the largest step: in SP mode and, where there is one, in TP mode.
 
         Where the model runner counts no memory for CUDA graphs, that of SP mode's graphs is added.
+
+        Raises:
+            NotImplementedError: the model takes an input that SP mode does not know.
         """
         stock_profile_run = self.model_runner.profile_run
 
