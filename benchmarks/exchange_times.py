@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from engines import SHAPES
 
-from vllm_shift.exchange import heads_to_tokens, register_group, tokens_to_heads, use_peers
+from vllm_shift.exchange import Exchange
 from vllm_shift.peers import PeerMemory
 
 # Exchanges in one CUDA graph, and replays of it.
@@ -68,11 +68,10 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
     group = join(rank, args)
     device, sizes = group.device, SHAPES[args.shape]
     heads, kv_heads = (max(1, sizes[f"num_{kind}_heads"] // args.sp) for kind in ("attention", "key_value"))
-    name, size = register_group(group), sizes["head_dim"]
+    nccl, peers, size = Exchange(group), Exchange(group), sizes["head_dim"]
     layer = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_size=size, head_size_v=size)
-    peers = PeerMemory(group, [layer], max(args.tokens), torch.bfloat16, keeps=True)
-    peers.meet(group)
-    use_peers(group, peers)
+    peers.peers = PeerMemory(group, [layer], max(args.tokens), torch.bfloat16, keeps=True)
+    peers.peers.meet(group)
 
     # Of the output projection, in the layout of the slots, and of q, k and v.
     hidden, widths = sizes["hidden_size"], (heads * size, kv_heads * size, kv_heads * size)
@@ -81,25 +80,24 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
 
     def ways(h: Any, q: Any, k: Any, v: Any, x: Any) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         """What comes before attention, and what comes after it: q, k, v and this rank's tokens or their product."""
-        ops, group = torch.ops.vllm_shift, {"sp": args.sp, "group_name": name}
-        nccl, peers = (group | {"through_peers": through} for through in (False, True))
-        there, back = (torch.compile(part, dynamic=False) for part in (tokens_to_heads, heads_to_tokens))
+        ops, name = torch.ops.vllm_shift, peers.name
+        there, back = (torch.compile(part, dynamic=False) for part in (nccl.tokens_to_heads, nccl.heads_to_tokens))
 
         def made() -> Any:
             return F.linear(h, qkv).view(-1, sum(widths)).split(widths, dim=-1)
 
         def product() -> Any:
-            return F.linear(heads_to_tokens(x, **peers).view(-1, output.shape[1]), output)
+            return F.linear(peers.heads_to_tokens(x).view(-1, output.shape[1]), output)
 
         def early() -> Any:
             return ops.peers_product_to_heads(h, qkv, None, name).split(widths, dim=-1)
 
         beside = partial(ops.peers_heads_to_product, x, output, name)
         return {
-            "NCCL": (partial(there, q, k, v, **nccl), partial(back, x, **nccl)),
-            "peers": (partial(tokens_to_heads, q, k, v, **peers), partial(heads_to_tokens, x, **peers)),
-            "between products": (lambda: tokens_to_heads(*made(), **peers), product),
-            "second beside": (lambda: tokens_to_heads(*made(), **peers), beside),
+            "NCCL": (partial(there, q, k, v), partial(back, x)),
+            "peers": (partial(peers.tokens_to_heads, q, k, v), partial(peers.heads_to_tokens, x)),
+            "between products": (lambda: peers.tokens_to_heads(*made()), product),
+            "second beside": (lambda: peers.tokens_to_heads(*made()), beside),
             "both beside": (early, beside),
         }
 
@@ -124,11 +122,12 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
             for part, same in zip([*found[way][0], found[way][1]], expected, strict=True):
                 # Sums in another order: as far apart as bf16 rounds the parts.
                 torch.testing.assert_close(part, same, rtol=0.02, atol=0.02 * float(same.abs().max()))
-        nccl, peers, between, second, both = times.values()
+        by_nccl, by_peers, between, second, both = times.values()
         if rank == 0:
             ratios = f"{second:.1f} | {second / between:.2f} | {both:.1f} | {both / between:.2f}"
             print(
-                f"| {tokens} | {nccl:.1f} | {peers:.1f} | {peers / nccl:.2f} | {between:.1f} | {ratios} |", flush=True
+                f"| {tokens} | {by_nccl:.1f} | {by_peers:.1f} | {by_peers / by_nccl:.2f} | {between:.1f} | {ratios} |",
+                flush=True,
             )
     dist.destroy_process_group()
 

@@ -123,8 +123,7 @@ class OneRankWorker(ShiftWorkerMixin, MeasuredWorker):
         self.vllm_config.additional_config[CONFIG_KEY] = settings = self.vllm_config.additional_config["one_rank"]
         self.shift_config = ShiftConfig.from_dict(settings)
         sp, tp = self.shift_config.ulysses_sequence_parallel_size, self.shift_config.tensor_parallel_size
-        # Kept here, because the exchange knows its groups weakly.
-        self._local_groups = [
+        sp_group, tp_group = (
             LocalGroup(
                 unique_name=name,
                 world_size=size,
@@ -136,8 +135,7 @@ class OneRankWorker(ShiftWorkerMixin, MeasuredWorker):
                 ranks=[0],
             )
             for name, size in (("sp", sp), ("rows", tp))
-        ]
-        sp_group, tp_group = self._local_groups
+        )
         self.switch = ModeSwitch(
             OneRankDims(sp, tp, 0), self.shift_config.max_tp_tokens, sp_group, tp_group if tp > 1 else None
         )

@@ -1,6 +1,7 @@
 """The exchange, between real processes over gloo."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,20 +19,22 @@ def tagged(rank: int, rows: int, sp: int, width: int) -> torch.Tensor:
 
 
 def one_rank(rank: int, sp: int, rows: int, port: int) -> None:
-    from vllm_shift.exchange import heads_to_tokens, register_group, rows_to_heads, tokens_to_heads
+    from vllm_shift.exchange import Exchange
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=sp)
     group = SimpleGroup(unique_name="sp", world_size=sp, device_group=dist.group.WORLD)
-    name = register_group(group)
+    # A further one in the same group: each has its own name.
+    exchange, other = Exchange(group), Exchange(group)
+    assert exchange.name != other.name
     inputs = [tagged(rank, rows, sp, width) for width in WIDTHS]
     # As in a model: k and v are column slices of one tensor.
     k, v = torch.cat(inputs[1:], dim=-1).split(WIDTHS[1:], dim=-1)
-    exchanged = tokens_to_heads(inputs[0], k, v, sp, name, through_peers=False)
+    exchanged = exchange.tokens_to_heads(inputs[0], k, v)
     token = torch.arange(sp * rows).view(-1, 1)
     for found, width in zip(exchanged, WIDTHS, strict=True):
         assert torch.equal(found, (token * 10_000 + rank * 100 + torch.arange(width)).float())
-    assert torch.equal(rows_to_heads((torch.cat(inputs, dim=-1),), sp, name), torch.cat(exchanged, dim=-1))
-    assert torch.equal(heads_to_tokens(exchanged[0].contiguous(), sp, name, through_peers=False), inputs[0])
+    assert torch.equal(other.rows_to_heads((torch.cat(inputs, dim=-1),)), torch.cat(exchanged, dim=-1))
+    assert torch.equal(exchange.heads_to_tokens(exchanged[0].contiguous()), inputs[0])
     dist.destroy_process_group()
 
 
@@ -39,6 +42,15 @@ class SimpleGroup(SimpleNamespace):
     """The part of vLLM's GroupCoordinator that the exchange uses."""
 
     __hash__ = object.__hash__
+
+
+def exchange_through(peers: Any) -> Any:
+    """An ``Exchange`` of two ranks that has peers."""
+    from vllm_shift.exchange import Exchange
+
+    exchange = Exchange(SimpleGroup(unique_name="sp", world_size=2))
+    exchange.peers = peers
+    return exchange
 
 
 @pytest.mark.parametrize(("sp", "rows"), [(2, 1), (2, 5), (3, 4)])
@@ -75,10 +87,7 @@ class PlainPeers:
     ],
 )
 def test_a_compiler_is_told_the_shapes_that_the_ops_give(op, shapes):
-    from vllm_shift.exchange import register_group, use_peers
-
-    group = SimpleGroup(unique_name="sp", world_size=2)
-    use_peers(group, PlainPeers())
+    exchange = exchange_through(PlainPeers())
     args = [None if shape is None else torch.randn(shape) for shape in shapes]
     found = getattr(torch.ops.vllm_shift, op).default
-    torch.library.opcheck(found, (*args, register_group(group)), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(found, (*args, exchange.name), test_utils=("test_schema", "test_faketensor"))

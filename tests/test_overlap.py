@@ -2,22 +2,21 @@
 
 import pytest
 import torch
-from test_exchange import PlainPeers, SimpleGroup
+from test_exchange import PlainPeers, exchange_through
 from torch import fx
 from vllm.utils.torch_utils import direct_register_custom_op
 
 import vllm_shift.layers  # noqa: F401  (registers folded_linear)
-from vllm_shift import exchange
 from vllm_shift.overlap import OverlapPass, never_reuse
 
 SP, WIDTH, OUT = 2, 3, 5
 
 
-def graph_of(bias: bool, read_twice: bool, exchanged: bool) -> fx.Graph:
+def graph_of(bias: bool, read_twice: bool, exchange: str | None) -> fx.Graph:
     """(x, weight, bias) -> the product, and the sum of what came if that is read twice."""
     ops, graph = torch.ops.vllm_shift, fx.Graph()
     x, weight, bias_input = (graph.placeholder(name) for name in ("x", "weight", "bias"))
-    tokens = graph.call_function(ops.peers_heads_to_tokens.default, (x, "sp")) if exchanged else x
+    tokens = graph.call_function(ops.peers_heads_to_tokens.default, (x, exchange)) if exchange else x
     product = graph.call_function(ops.folded_linear.default, (tokens, weight, bias_input if bias else None))
     graph.output((product, graph.call_function(torch.sum, (tokens,))) if read_twice else (product,))
     return graph
@@ -33,10 +32,8 @@ def graph_of(bias: bool, read_twice: bool, exchanged: bool) -> fx.Graph:
     ],
 )
 def test_only_an_exchange_for_one_product_becomes_one_with_it(bias, read_twice, exchanged, becomes_one):
-    group = SimpleGroup(unique_name="sp")
-    exchange.register_group(group)
-    exchange.use_peers(group, PlainPeers())
-    graph = graph_of(bias, read_twice, exchanged)
+    exchange = exchange_through(PlainPeers())
+    graph = graph_of(bias, read_twice, exchange.name if exchanged else None)
     inputs = torch.randn(4 * SP, WIDTH), torch.randn(OUT, SP * WIDTH), torch.randn(OUT)
     expected = fx.GraphModule({}, graph)(*inputs)
     OverlapPass()(graph)

@@ -1,5 +1,6 @@
 """The exchange through peers' memory: its kernel in Triton's interpreter, all ranks in one process."""
 
+import weakref
 from contextlib import nullcontext
 from itertools import count
 from types import SimpleNamespace
@@ -7,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_early import bare
-from test_exchange import PlainPeers, SimpleGroup, tagged
+from test_exchange import PlainPeers, SimpleGroup, exchange_through, tagged
 
-from vllm_shift import exchange
 from vllm_shift.dims import ParallelDims
+from vllm_shift.exchange import Exchange
 from vllm_shift.layers import SlottedQKVParallelLinear
 
 pytest.importorskip("triton")
@@ -40,8 +41,8 @@ def without_streams(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
 
 
-def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[SimpleGroup]:
-    """The group of each rank with its ``PeerMemory``, in memory of this process; ranks do not wait for each other."""
+def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[Exchange]:
+    """The ``Exchange`` of each rank with its peers, in memory of this process; ranks do not wait for each other."""
     calls, places = count(), [torch.full((2, 1000), float("nan")) for _ in range(sp)]
 
     def empty(elements, dtype, device):
@@ -61,26 +62,25 @@ def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[Simpl
     without_streams(monkeypatch)
     monkeypatch.setattr(peers.symmetric_memory, "empty", empty)
     monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
-    groups = [
-        SimpleGroup(
-            world_size=sp, rank_in_group=rank, device="cpu", device_group=SimpleNamespace(group_name=rank),
-            unique_name=f"rank {rank}",
+    exchanges = [
+        Exchange(
+            SimpleGroup(
+                world_size=sp, rank_in_group=rank, device="cpu", device_group=SimpleNamespace(group_name=rank),
+                unique_name="sp",
+            )
         )
         for rank in range(sp)
     ]  # fmt: skip
-    for group in groups:
-        exchange.register_group(group)
-        memory = peers.PeerMemory(group, [LAYER], rows * sp, torch.float32, keeps)
-        memory.meet(group)
-        exchange.use_peers(group, memory)
-    return groups
+    for exchange in exchanges:
+        exchange.peers = peers.PeerMemory(exchange.group, [LAYER], rows * sp, torch.float32, keeps)
+        exchange.peers.meet(exchange.group)
+    return exchanges
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize(("sp", "rows"), [(2, 1), (2, 5), (3, 4)])
 def test_tokens_become_heads_and_come_back(peers, monkeypatch, sp, rows, keeps):
-    groups = connected(peers, monkeypatch, sp, rows, keeps)
-    names, sent = [group.unique_name for group in groups], []
+    exchanges, sent = connected(peers, monkeypatch, sp, rows, keeps), []
     for rank in range(sp):
         # As in a model: v is a column slice of a larger tensor.
         k, v = torch.cat([tagged(rank, rows, sp, width) for width in (K, V)], dim=-1).split((K, V), dim=-1)
@@ -89,15 +89,12 @@ def test_tokens_become_heads_and_come_back(peers, monkeypatch, sp, rows, keeps):
     heads = [(token * 10_000 + number * 100 + torch.arange(2 * V)).float() for number in range(sp)]
     # What comes is complete when every rank has sent, which a barrier waits for: here, the second time.
     for _ in range(2):
-        received = [
-            exchange.tokens_to_heads(*each, sp, name, through_peers=True)
-            for name, each in zip(names, sent, strict=True)
-        ]
-        back = [exchange.heads_to_tokens(x, sp, name, through_peers=True) for name, x in zip(names, heads, strict=True)]
+        received = [exchange.tokens_to_heads(*each) for exchange, each in zip(exchanges, sent, strict=True)]
+        back = [exchange.heads_to_tokens(x) for exchange, x in zip(exchanges, heads, strict=True)]
     for number, qkv in enumerate(received):
         for found, width in zip(qkv, (Q, K, V), strict=True):
             assert torch.equal(found, (token * 10_000 + number * 100 + torch.arange(width)).float())
-        memory = exchange._peers[groups[number]]._heads._memory
+        memory = exchanges[number].peers._heads._memory
         assert (qkv[0].data_ptr() == memory.data_ptr()) is keeps
     for number, found in enumerate(back):
         assert torch.equal(found, tagged(number, rows, sp, 2 * V))
@@ -107,20 +104,20 @@ def test_tokens_become_heads_and_come_back(peers, monkeypatch, sp, rows, keeps):
 @pytest.mark.parametrize(("sp", "rows"), [(2, 1), (2, 5), (3, 4)])
 def test_product_with_what_comes(peers, monkeypatch, sp, rows, swap_bytes):
     monkeypatch.setattr(peers, "SWAP_BYTES", swap_bytes)
-    groups = connected(peers, monkeypatch, sp, rows, True)
-    heads = [torch.randn(sp * rows, 2 * V) for _ in groups]
+    exchanges = connected(peers, monkeypatch, sp, rows, True)
+    heads = [torch.randn(sp * rows, 2 * V) for _ in exchanges]
     # As in the slots of a row-parallel layer, one slot after the other in memory.
     weight = torch.randn(sp * 2 * V, 7).t()
     swaps, products = [], {}
     monkeypatch.setattr(peers._Buffer, "swap", lambda *args, swap=peers._Buffer.swap: swaps.append(1) or swap(*args))
     for _ in range(2):
-        for group, x in zip(groups, heads, strict=True):
-            exchange._peers[group]._turn(to_heads=True)
-            products[group] = torch.ops.vllm_shift.peers_heads_to_product(x, weight, group.unique_name)
+        for exchange, x in zip(exchanges, heads, strict=True):
+            exchange.peers._turn(to_heads=True)
+            products[exchange] = torch.ops.vllm_shift.peers_heads_to_product(x, weight, exchange.name)
     assert bool(swaps) is (swap_bytes == 0 and sp == 2)
-    for rank, group in enumerate(groups):
+    for rank, exchange in enumerate(exchanges):
         tokens = torch.cat([x[rank * rows : (rank + 1) * rows] for x in heads], dim=-1)
-        torch.testing.assert_close(products[group], tokens @ weight.t())
+        torch.testing.assert_close(products[exchange], tokens @ weight.t())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -129,24 +126,24 @@ def test_product_with_what_comes(peers, monkeypatch, sp, rows, swap_bytes):
 @pytest.mark.parametrize(("sp", "rows"), [(2, 1), (2, 5), (3, 4)])
 def test_product_that_goes_where_it_is_wanted(peers, monkeypatch, sp, rows, swap_bytes, keeps, bias):
     monkeypatch.setattr(peers, "SWAP_BYTES", swap_bytes)
-    groups = connected(peers, monkeypatch, sp, rows, keeps)
+    exchanges = connected(peers, monkeypatch, sp, rows, keeps)
     width = Q + K + V
-    tokens, products = [torch.randn(rows, 7) for _ in groups], {}
+    tokens, products = [torch.randn(rows, 7) for _ in exchanges], {}
     weight, add = torch.randn(sp * width, 7), torch.randn(sp * width)
     swaps = []
     monkeypatch.setattr(peers._Buffer, "swap", lambda *args, swap=peers._Buffer.swap: swaps.append(1) or swap(*args))
     for _ in range(2):
-        for group, x in zip(groups, tokens, strict=True):
-            products[group] = torch.ops.vllm_shift.peers_product_to_heads(
-                x, weight, add if bias else None, group.unique_name
+        for exchange, x in zip(exchanges, tokens, strict=True):
+            products[exchange] = torch.ops.vllm_shift.peers_product_to_heads(
+                x, weight, add if bias else None, exchange.name
             )
-            exchange._peers[group]._turn(to_heads=False)
+            exchange.peers._turn(to_heads=False)
     assert bool(swaps) is (swap_bytes == 0 and sp == 2)
     everything = torch.nn.functional.linear(torch.cat(tokens), weight, add if bias else None)
-    for rank, group in enumerate(groups):
-        torch.testing.assert_close(products[group], everything[:, rank * width : (rank + 1) * width])
-        memory = exchange._peers[group]._heads._memory
-        assert (products[group].data_ptr() == memory.data_ptr()) is keeps
+    for rank, exchange in enumerate(exchanges):
+        torch.testing.assert_close(products[exchange], everything[:, rank * width : (rank + 1) * width])
+        memory = exchange.peers._heads._memory
+        assert (products[exchange].data_ptr() == memory.data_ptr()) is keeps
 
 
 REASONS = {
@@ -183,15 +180,18 @@ def try_to_connect(
     monkeypatch.setattr(peers.symmetric_memory, "rendezvous", rendezvous)
     monkeypatch.setattr(peers.torch.distributed, "all_gather_object", all_gather_object)
     without_streams(monkeypatch)
-    group = SimpleGroup(
-        world_size=2, rank_in_group=0, rank=0, first_rank=0, ranks=[0, 1], device="cpu", cpu_group=None,
-        device_group=SimpleNamespace(group_name="sp"),
+    exchange = Exchange(
+        SimpleGroup(
+            world_size=2, rank_in_group=0, rank=0, first_rank=0, ranks=[0, 1], device="cpu", cpu_group=None,
+            device_group=SimpleNamespace(group_name="sp"), unique_name="sp",
+        )
     )  # fmt: skip
     compilation = SimpleNamespace(
         splitting_ops_contain_attention=lambda: splits, use_inductor_graph_partition=partitions
     )
     config = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(dtype=torch.float32))
-    return group, peers.connect(group, [LAYER], 4, config)
+    peers.connect(exchange, [LAYER], 4, config)
+    return exchange
 
 
 @pytest.mark.parametrize("case", REASONS)
@@ -210,18 +210,16 @@ def test_nccl_is_used_where_memory_cannot_be_shared(peers, monkeypatch, case):
     backend = "NVSHMEM" if case == "another backend" else "CUDA"
     monkeypatch.setattr(peers.symmetric_memory, "get_backend", lambda device: backend)
     monkeypatch.setattr(peers.logger, "info", lambda line, *args: lines.append(line % args))
-    group, connected = try_to_connect(
+    exchange = try_to_connect(
         peers, monkeypatch, rendezvous, custom_all_reduce, empty=empty if case == "no memory" else torch.empty
     )
-    assert connected is (case == "works")
-    assert (group in exchange._peers) is (case == "works")
+    assert (exchange.peers is not None) is (case == "works")
     way = f"NCCL, as {REASONS[case]}." if REASONS[case] else "each other's memory."
     assert [line.split(" through ")[1] for line in lines] == [way]
 
 
 def test_what_would_spoil_memory_is_refused(peers, monkeypatch):
-    group, _ = connected(peers, monkeypatch, 2, 3, True)
-    memory = exchange._peers[group]
+    memory = connected(peers, monkeypatch, 2, 3, True)[0].peers
     q, k, v = (torch.zeros(6, width) for width in (Q, K, V))
     memory.tokens_to_heads(q, k, v)
     # A rank may still read what the first one brought.
@@ -234,7 +232,7 @@ def test_what_would_spoil_memory_is_refused(peers, monkeypatch):
 
 
 def test_what_is_sent_is_there_before_it_is_read(peers, monkeypatch):
-    group, _ = connected(peers, monkeypatch, 2, 3, True)
+    buffer = connected(peers, monkeypatch, 2, 3, True)[0].peers._heads
     events = []
 
     class Stream:
@@ -253,7 +251,7 @@ def test_what_is_sent_is_there_before_it_is_read(peers, monkeypatch):
             events.append("send")
             return write_rows[grid]
 
-    here, buffer, write_rows = Stream("first"), exchange._peers[group]._heads, peers.write_rows
+    here, write_rows = Stream("first"), peers.write_rows
     get_buffer = buffer._handle.get_buffer
     buffer._stream, buffer._ready, buffer._sent = Stream("second"), Event(), Event()
     buffer._handle.barrier = lambda: events.append("barrier")
@@ -274,7 +272,7 @@ def test_what_is_sent_is_there_before_it_is_read(peers, monkeypatch):
 @pytest.mark.parametrize("sp", [2, 3])
 def test_what_the_next_exchange_writes_to_is_given_to_nobody(peers, monkeypatch, sp):
     monkeypatch.setattr(peers, "SWAP_BYTES", 10**6)
-    memory = exchange._peers[connected(peers, monkeypatch, sp, 2, False)[0]]
+    memory = connected(peers, monkeypatch, sp, 2, False)[0].peers
     made = memory.product_to_heads(torch.randn(2, 5), torch.randn(sp * (Q + K + V), 5), None)
     back = memory.heads_to_tokens(torch.randn(2 * sp, 2 * V))
     for x, buffer in ((made, memory._heads), (back, memory._tokens)):
@@ -283,9 +281,9 @@ def test_what_the_next_exchange_writes_to_is_given_to_nobody(peers, monkeypatch,
 
 @pytest.mark.parametrize(("bytes_more", "swaps"), [(0, True), (1, False)])
 def test_a_swap_is_for_so_many_bytes(peers, monkeypatch, bytes_more, swaps):
-    group, _ = connected(peers, monkeypatch, 2, 3, True)
-    exchange._peers[group].swap_bytes = 3 * 8 * 4 + bytes_more
-    assert exchange._peers[group]._swaps(3, 8) is swaps
+    memory = connected(peers, monkeypatch, 2, 3, True)[0].peers
+    memory.swap_bytes = 3 * 8 * 4 + bytes_more
+    assert memory._swaps(3, 8) is swaps
 
 
 @pytest.mark.parametrize(
@@ -297,35 +295,32 @@ def test_all_ranks_of_a_group_exchange_in_the_same_way(peers, monkeypatch, split
     all_reduce = SimpleNamespace(disabled=False, fully_connected=True)
     met, never_reused = [], []
     monkeypatch.setattr(peers, "never_reuse", never_reused.append)
-    group, connected = try_to_connect(
+    exchange = try_to_connect(
         peers, monkeypatch, lambda *args: met.append(1) or handle(), all_reduce, elsewhere, splits, partitions
     )
-    assert connected is (not elsewhere)
-    assert (group in exchange._peers) is (not elsewhere)
+    assert (exchange.peers is not None) is (not elsewhere)
     # Nobody waits for a rank that has no memory.
     assert bool(met) is (not elsewhere or elsewhere[0] is None)
     if not elsewhere:
-        assert exchange._peers[group]._keeps is keeps
+        assert exchange.peers._keeps is keeps
         assert never_reused == [torch.ops.vllm_shift.peers_product_to_heads.default] * keeps
 
 
-def test_peers_are_found_by_the_name_of_their_group():
-    group, other, peers = (SimpleGroup(unique_name=name, world_size=2) for name in ("sp", "other", "peers"))
-    exchange.use_peers(group, peers)
-    assert exchange.peers_of(exchange.register_group(group)) is peers
-    assert exchange.peers_of(exchange.register_group(other)) is None
+def test_peers_are_those_of_an_engine_and_end_with_it():
+    first, second = exchange_through(PlainPeers()), exchange_through(PlainPeers())
+    ops, ended = torch.ops.vllm_shift, weakref.ref(first.peers)
+    second.peers.heads_to_tokens = lambda x: x + 2
+    assert [ops.peers_heads_to_tokens(torch.zeros(1), each.name).item() for each in (first, second)] == [1, 2]
+    name = first.name
+    del first
+    assert ended() is None
+    with pytest.raises(KeyError, match=name):
+        ops.peers_heads_to_tokens(torch.zeros(1), name)
 
 
 def test_an_early_exchange_through_peers_is_one_with_the_product():
-    group = SimpleGroup(unique_name="sp", world_size=2)
-    exchange.use_peers(group, PlainPeers())
-    switch = SimpleNamespace(
-        dims=ParallelDims(2, 1, 0),
-        in_sp=True,
-        early=True,
-        through_peers=True,
-        group_name=exchange.register_group(group),
-    )
+    exchange = exchange_through(PlainPeers())
+    switch = SimpleNamespace(dims=ParallelDims(2, 1, 0), in_sp=True, early=True, exchange=exchange)
     x, weight, bias = torch.randn(3, 5), torch.randn(14, 5), torch.randn(14)
     layer = bare(
         SlottedQKVParallelLinear,

@@ -6,8 +6,8 @@ from test_features import assert_equal_to_stock, run
 
 pytestmark = pytest.mark.engine
 
-# Starts, and how many traces each makes and loads: stock vLLM, ours. A second engine of a process has groups of other
-# names, which are a part of SP mode's trace.
+# Starts, and how many traces each makes and loads: stock vLLM, ours. A second engine of a process has an exchange of
+# another name, which is a part of SP mode's trace.
 TRACES = {
     "first start": ((1, 0), (2, 0)),
     "next start": ((0, 1), (0, 2)),

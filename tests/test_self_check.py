@@ -77,10 +77,10 @@ def test_blocks_of_draft_tokens_end_where_requests_end():
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_only_large_steps_do_is_checked_too(monkeypatch, swap_bytes, checks, fails):
     peers = None if swap_bytes is None else SimpleNamespace(swap_bytes=swap_bytes)
-    monkeypatch.setattr(self_check, "peers_of", lambda name: peers)
     monkeypatch.setattr(self_check, "_agree", lambda first: first)
     check, ran = object.__new__(SelfCheck), []
-    check._switch = ModeSwitch(ParallelDims(2, 1, 0), 8, SimpleGroup(unique_name="sp"), None)
+    check._switch = ModeSwitch(ParallelDims(2, 1, 0), 8, SimpleGroup(unique_name="sp", world_size=2), None)
+    check._switch.exchange.peers = peers
     check._runner = SimpleNamespace(cudagraph_manager=SimpleNamespace(_graphs_captured=True))
     check._read_cache = lambda lengths: []
     check._explain = lambda first, lengths: first.place
@@ -201,7 +201,7 @@ def test_what_a_rounding_grows_to_is_allowed_where_it_does():
 
 def test_what_a_rounding_grows_to_is_measured_without_the_vectors_that_may_differ_more():
     check = check_in_bfloat16(sp=2, is_moe=False)
-    check._switch = ModeSwitch(ParallelDims(2, 1, 0), 8, SimpleGroup(unique_name="sp"), None)
+    check._switch = ModeSwitch(ParallelDims(2, 1, 0), 8, SimpleGroup(unique_name="sp", world_size=2), None)
     embedding = object.__new__(VocabParallelEmbedding)
     torch.nn.Module.__init__(embedding)
     embedding.forward = lambda x: x

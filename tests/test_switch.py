@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_exchange import SimpleGroup
+from test_exchange import PlainPeers, SimpleGroup
 from torch import nn
 from vllm.config import CompilationMode
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
@@ -49,11 +49,9 @@ class Model(nn.Module):
 
 
 @pytest.fixture
-def make(monkeypatch):
-    monkeypatch.setattr(switch_module, "register_group", lambda group: "sp")
-
+def make():
     def build(sp: int, rank: int, threshold: int) -> tuple[ModeSwitch, Model]:
-        gathered = SimpleNamespace(all_gather=lambda x, dim: torch.cat([x] * sp, dim))
+        gathered = SimpleGroup(unique_name="sp", world_size=sp, all_gather=lambda x, dim: torch.cat([x] * sp, dim))
         switch = ModeSwitch(ParallelDims(sp, 1, rank), threshold, gathered, None)
         model = Model()
         switch.attach(model, VLLM_CONFIG)
@@ -117,8 +115,8 @@ def test_positions_of_several_dimensions_are_never_contiguous(make):
 
 @pytest.mark.parametrize("num_tokens", [2, 7])
 def test_early_exchange_needs_the_positions_of_all_tokens(make, monkeypatch, num_tokens):
-    monkeypatch.setattr(switch_module, "tokens_to_heads", lambda *args: pytest.fail("exchanged a second time"))
     switch, model = make(3, 1, 0)
+    monkeypatch.setattr(switch.exchange, "tokens_to_heads", lambda *args: pytest.fail("exchanged a second time"))
     switch.early = True
     step(model, num_tokens)
     ids, positions, _ = model.calls[0]
@@ -319,16 +317,16 @@ def test_gpus_connect_for_the_rows_of_the_largest_step(make, twins, monkeypatch,
     switch, _ = make(2, 0, 4)
     asked = []
 
-    def connect(group, layers, rows, config):
+    def connect(exchange, layers, rows, config):
         asked.append((len(layers), rows))
-        return through_peers
+        exchange.peers = PlainPeers() if through_peers else None
 
     monkeypatch.setitem(sys.modules, "vllm_shift.peers", SimpleNamespace(connect=connect))
     monkeypatch.setattr(switch_module, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     largest = SimpleNamespace(max_num_batched_tokens=65)
     switch.attach(Model(), SimpleNamespace(**vars(VLLM_CONFIG) | {"scheduler_config": largest}))
     assert asked == [(1, 66)]
-    assert switch.through_peers is through_peers
+    assert (switch.exchange.peers is not None) is through_peers
     assert twins[-1] is through_peers
 
 
@@ -341,7 +339,6 @@ def test_what_graphs_read_is_noted_for_sp_mode_too(monkeypatch):
         yield
         events.append("note what the graphs read")
 
-    monkeypatch.setattr(switch_module, "register_group", lambda group: "sp")
     monkeypatch.setattr(switch_module.current_platform, "is_cuda", lambda: True)
     monkeypatch.setattr("torch.cuda.current_stream", lambda: "the stream")
     for dims, tp_group in (
@@ -349,7 +346,7 @@ def test_what_graphs_read_is_noted_for_sp_mode_too(monkeypatch):
         (ParallelDims(2, 1, 0), None),
     ):
         events.clear()
-        switch = ModeSwitch(dims, 8, SimpleNamespace(), tp_group)
+        switch = ModeSwitch(dims, 8, SimpleGroup(unique_name="sp", world_size=2), tp_group)
         capture_model = switch.graph_capture()(lambda: events.append("capture") or 7)
         assert capture_model() == 7
         noted = ["begin on the stream", "capture", "note what the graphs read"]
@@ -371,10 +368,10 @@ def test_the_benchmark_of_one_rank_has_what_is_asked_of_groups(monkeypatch, tp):
 
 
 def test_a_model_that_needs_reduce_scatters_does_not_start_without_them(monkeypatch):
-    monkeypatch.setattr(switch_module, "register_group", lambda group: "sp")
     monkeypatch.setattr(switch_module.current_platform, "is_cuda", lambda: True)
     monkeypatch.setattr(switch_module, "gathered_modules", lambda model: [("experts", nn.Identity())])
-    sp_group = SimpleNamespace(device_communicator=SimpleNamespace(pynccl_comm=SimpleNamespace(disabled=True)))
+    nccl = SimpleNamespace(pynccl_comm=SimpleNamespace(disabled=True))
+    sp_group = SimpleGroup(unique_name="sp", world_size=2, device_communicator=nccl)
     with pytest.raises(NotImplementedError, match=r"Model has layers.*unset VLLM_DISABLE_PYNCCL"):
         ModeSwitch(ParallelDims(2, 1, 0), 8, sp_group, None).attach(Model(), VLLM_CONFIG)
 
@@ -402,9 +399,9 @@ class Attends(Model):
 
 def test_attention_exchanges_in_sp_mode_only(make, monkeypatch):
     events = []
-    monkeypatch.setattr(switch_module, "tokens_to_heads", lambda q, k, v, *args: events.append("in") or (q, k, v))
-    monkeypatch.setattr(switch_module, "heads_to_tokens", lambda x, *args: events.append(len(x)) or x)
     switch, _ = make(2, 0, 4)
+    monkeypatch.setattr(switch.exchange, "tokens_to_heads", lambda *qkv: events.append("in") or qkv)
+    monkeypatch.setattr(switch.exchange, "heads_to_tokens", lambda x: events.append(len(x)) or x)
     switch.attach(model := Attends(), VLLM_CONFIG)
     step(model, 4)
     assert events == []
@@ -414,9 +411,9 @@ def test_attention_exchanges_in_sp_mode_only(make, monkeypatch):
 
 def test_a_compiled_sp_mode_keeps_its_padding(make, twins, monkeypatch):
     rows = []
-    monkeypatch.setattr(switch_module, "tokens_to_heads", lambda q, k, v, *args: (q, k, v))
-    monkeypatch.setattr(switch_module, "heads_to_tokens", lambda x, *args: rows.append(len(x)) or x)
     switch, _ = make(2, 0, 4)
+    monkeypatch.setattr(switch.exchange, "tokens_to_heads", lambda *qkv: qkv)
+    monkeypatch.setattr(switch.exchange, "heads_to_tokens", lambda x: rows.append(len(x)) or x)
     switch.attach(model := Attends(), VLLM_CONFIG)
     model.attention.forward = lambda q, k, v: rows.append(len(q)) or q
     step(model, 5)
@@ -428,20 +425,23 @@ def test_attention_inside_a_gathered_module_exchanges_nothing(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm_shift.peers", peers)
     monkeypatch.setattr(switch_module, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     nccl = SimpleNamespace(pynccl_comm=SimpleNamespace(disabled=False))
-    switch = ModeSwitch(ParallelDims(2, 1, 0), 0, SimpleGroup(unique_name="sp", device_communicator=nccl), None)
+    switch = ModeSwitch(
+        ParallelDims(2, 1, 0), 0, SimpleGroup(unique_name="sp", world_size=2, device_communicator=nccl), None
+    )
     model = GathersOnly()
     model.mla.attn = FakeAttention()
     switch.attach(model, VLLM_CONFIG)
     assert switch.attention_layers == []
-    assert not switch.through_peers
+    assert switch.exchange.peers is None
 
 
 def test_the_twins_are_told_their_groups(monkeypatch):
     told = []
     monkeypatch.setattr(switch_module, "CompiledTwins", lambda model, config, peers, groups: told.append(groups))
     for group in (None, SimpleNamespace(unique_name="tp:1")):
-        ModeSwitch(ParallelDims(2, 2, 0), 8, SimpleGroup(unique_name="sp"), group).attach(Model(), VLLM_CONFIG)
-    assert told == [["sp"], ["sp", "tp:1"]]
+        switch = ModeSwitch(ParallelDims(2, 2, 0), 8, SimpleGroup(unique_name="sp", world_size=2), group)
+        switch.attach(Model(), VLLM_CONFIG)
+        assert told.pop() == [switch.exchange.name, *(["tp:1"] if group else [])]
 
 
 def summing(custom_all_reduce):
@@ -460,6 +460,8 @@ def summing(custom_all_reduce):
     ids=["T = 1", "none", "off", "on"],
 )
 def test_collectives_of_nccl_are_those_that_nothing_else_does(through_peers, tp_group, sums):
-    switch = ModeSwitch(ParallelDims(2, 2 if tp_group else 1, 0), 8, SimpleGroup(unique_name="sp"), tp_group)
-    switch.through_peers = through_peers
+    switch = ModeSwitch(
+        ParallelDims(2, 2 if tp_group else 1, 0), 8, SimpleGroup(unique_name="sp", world_size=2), tp_group
+    )
+    switch.exchange.peers = PlainPeers() if through_peers else None
     assert switch.nccl_collectives() == sums + (0 if through_peers else 2)

@@ -157,7 +157,7 @@ class Positions(nn.Module):
 
 
 def test_each_mode_is_timed_in_steps_of_its_own(monkeypatch):
-    switch, model = ModeSwitch(ParallelDims(2, 1, 0), 5, SimpleGroup(unique_name="sp"), None), Positions()
+    switch, model = ModeSwitch(ParallelDims(2, 1, 0), 5, SimpleGroup(unique_name="sp", world_size=2), None), Positions()
     runner = SimpleNamespace(device="cpu", get_model=lambda: model)
     # vLLM's model runners pad.
     runner._dummy_run = lambda count, cudagraph_runtime_mode: model(positions=torch.zeros(count + 3))
@@ -276,7 +276,7 @@ def test_rank_0_decides_for_all_and_keeps_what_was_measured(vllm_config, monkeyp
     config, measured, messages = vllm_config(), [], []
     config.compilation_config.cudagraph_capture_sizes = SIZES
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    switch = SimpleNamespace(through_peers=False, early=False)
+    switch = SimpleNamespace(exchange=SimpleNamespace(peers=None), early=False)
 
     def group(rank):
         def broadcast(value, src):

@@ -53,14 +53,10 @@ def test_memory_for_graphs_of_sp_mode_is_left_where_vllm_counts_none(
 
 
 @pytest.mark.parametrize(
-    ("sp", "tp", "engines", "made"),
-    [
-        (4, 1, 1, []),
-        (4, 1, 2, [("ulysses_sp", [[0, 1, 2, 3]])]),
-        (2, 2, 1, [("ulysses_sp", [[0, 1], [2, 3]]), ("ulysses_tp", [[0, 2], [1, 3]])]),
-    ],
+    ("sp", "tp", "made"),
+    [(4, 1, []), (2, 2, [("ulysses_sp", [[0, 1], [2, 3]]), ("ulysses_tp", [[0, 2], [1, 3]])])],
 )
-def test_the_first_engine_with_sp_over_all_ranks_shares_their_group(monkeypatch, sp, tp, engines, made):
+def test_an_engine_with_sp_over_all_ranks_shares_their_group(monkeypatch, sp, tp, made):
     class Stock(WorkerBase):
         def init_device(self):
             pass
@@ -73,22 +69,18 @@ def test_the_first_engine_with_sp_over_all_ranks_shares_their_group(monkeypatch,
         def _check_settings(self):
             pass
 
-    class Group(SimpleNamespace):
-        """One that weak references may be made to."""
-
-    all_ranks = Group(unique_name="tp:0", rank_in_group=1)
+    all_ranks = SimpleNamespace(unique_name="tp:0", rank_in_group=1, world_size=4)
     groups = []
 
     def new_group(ranks, stage_size, name):
         groups.append((name, ranks))
-        return Group(unique_name=f"{name}:0")
+        return SimpleNamespace(unique_name=f"{name}:0", world_size=2)
 
     monkeypatch.setattr("vllm_shift.worker.get_tp_group", lambda: all_ranks)
     monkeypatch.setattr("vllm_shift.worker.why_not_direct", lambda group: None)
     monkeypatch.setattr("vllm_shift.worker._new_group", new_group)
-    workers = [Worker() for _ in range(engines)]
-    for worker in workers:
-        worker.init_device()
+    worker = Worker()
+    worker.init_device()
     assert groups == made
     assert (worker.switch.sp_group is all_ranks) == (not made)
     # vLLM destroys its own itself.

@@ -33,7 +33,8 @@ def calibrate(model_runner: Any, switch: ModeSwitch, vllm_config: Any) -> int:
     group = get_world_group()
     most = vllm_config.scheduler_config.max_num_batched_tokens
     # Rank 0 decides for all: other hosts may have other disks, and may round logarithms differently.
-    cache = TimesCache(vllm_config, (switch.through_peers, switch.early)) if group.rank_in_group == 0 else None
+    way = (switch.exchange.peers is not None, switch.early)
+    cache = TimesCache(vllm_config, way) if group.rank_in_group == 0 else None
     times = group.broadcast_object(cache.load() if cache else None, src=0)
     source = "measured before"
     if times is None:

@@ -29,7 +29,7 @@ class CompiledTwins:
         model: the model, not yet compiled: its first run must come later.
         vllm_config: the engine's config.
         through_peers: how ranks exchange, which is a part of what is traced.
-        groups: names of the groups that SP mode communicates in, a part of it, too.
+        groups: names of the exchange and of the groups that SP mode communicates in, a part of it, too.
 
     Attributes:
         saves: of both traces of each module, to vLLM's compile cache.

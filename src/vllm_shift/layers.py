@@ -37,7 +37,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_shift.exchange import qkv_widths, rows_to_heads
+from vllm_shift.exchange import qkv_widths
 from vllm_shift.gathered import gathered_modules, inside_gathered
 from vllm_shift.quantized import TwoModeMethod, WholeLinear, check_method
 from vllm_shift.slots import Slots
@@ -202,10 +202,10 @@ class SlottedQKVParallelLinear(SlottedColumnParallelLinear, QKVParallelLinear):
         switch = self.switch
         if not switch.early:
             return super()._rows(input_)
-        if not switch.through_peers:
-            return rows_to_heads((super()._rows(input_),), switch.dims.sp, switch.group_name)
+        if switch.exchange.peers is None:
+            return switch.exchange.rows_to_heads((super()._rows(input_),))
         heads: torch.Tensor = torch.ops.vllm_shift.peers_product_to_heads(
-            input_, self.weight_slots.whole, self._whole_bias(), switch.group_name
+            input_, self.weight_slots.whole, self._whole_bias(), switch.exchange.name
         )
         return heads
 

@@ -25,7 +25,7 @@ from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_shift.exchange import qkv_widths, use_peers, why_not_direct
+from vllm_shift.exchange import Exchange, qkv_widths, why_not_direct
 from vllm_shift.overlap import never_reuse
 
 logger = init_logger(f"vllm.{__name__}")
@@ -187,7 +187,6 @@ class PeerMemory:
 
     def meet(self, group: GroupCoordinator) -> None:
         """As ``_Buffer.meet``, for both directions."""
-        # The group is not kept: it is what these peers live as long as (exchange.py).
         self._heads.meet(group)
         self._tokens.meet(group)
 
@@ -263,33 +262,28 @@ class PeerMemory:
         self._with_heads = to_heads
 
 
-def connect(group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig) -> bool:
-    """Let an SP group exchange in this way, if its GPUs can; otherwise NCCL's all-to-all does it.
+def connect(exchange: Exchange, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig) -> None:
+    """Let an engine exchange in this way, if its GPUs can; otherwise NCCL's all-to-all does it.
 
     They can where vLLM's custom all-reduce runs, which works alike, on GPUs of one host with NVLink between all of
     them: barriers are atomic operations on another GPU's memory.
 
     Args:
-        group: the SP group; all its ranks call this.
+        exchange: of the engine, whose ranks all call this; gains peers.
         layers: that exchange.
         rows: most rows of the folded view, n*S.
         vllm_config: of the engine.
-
-    Returns:
-        Whether they can.
     """
-    problem = _share_memory(group, layers, rows, vllm_config)
+    group = exchange.group
+    problem = _share_memory(exchange, layers, rows, vllm_config)
     if group.rank == group.first_rank:
         way = "each other's memory" if problem is None else f"NCCL, as {problem}"
         logger.info("Shift Parallelism: ranks %s exchange tokens for heads through %s.", group.ranks, way)
-    return problem is None
 
 
-def _share_memory(
-    group: GroupCoordinator, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig
-) -> str | None:
+def _share_memory(exchange: Exchange, layers: Sequence[Attention], rows: int, vllm_config: VllmConfig) -> str | None:
     """As ``connect``; returns why it cannot be, the same on all ranks of all SP groups."""
-    all_ranks = get_tp_group()
+    group, all_ranks = exchange.group, get_tp_group()
     if (problem := why_not_direct(all_ranks)) is not None:
         return problem
     # The default, unless set; with another one the barrier may do nothing.
@@ -309,7 +303,7 @@ def _share_memory(
     if problem is None:
         _, problem = _attempt("the GPUs cannot share memory", lambda: peers.meet(group), all_ranks)
     if problem is None:
-        use_peers(group, peers)
+        exchange.peers = peers
     return problem
 
 

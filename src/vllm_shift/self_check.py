@@ -33,7 +33,6 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
 
 from vllm_shift.config import most_step_tokens
-from vllm_shift.exchange import peers_of
 from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import SlottedQKVParallelLinear
 from vllm_shift.limits import TESTED
@@ -257,7 +256,7 @@ class SelfCheck:
             return differences
 
         differences = check()
-        peers = peers_of(self._switch.group_name)
+        peers = self._switch.exchange.peers
         if peers is not None and peers.swap_bytes < math.inf:
             # Graphs of steps of this size have recorded the way without a swap.
             with self._mode(threshold, eager=False, graphs=False), _swapping_everything(peers):

@@ -21,7 +21,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_shift.compiled import CompiledTwins
 from vllm_shift.dims import ParallelDims
-from vllm_shift.exchange import as_rows, heads_to_tokens, qkv_widths, register_group, tokens_to_heads, why_not_direct
+from vllm_shift.exchange import Exchange, as_rows, qkv_widths, why_not_direct
 from vllm_shift.gathered import Gather, gathered_modules, inside_gathered
 
 
@@ -40,8 +40,7 @@ class ModeSwitch:
         in_sp: whether the step that runs is in SP mode.
         eager: run the modules as they are, in both modes, instead of what is compiled for them.
         early: q, k and v are exchanged where they are made, see ``layers.why_not_early``.
-        group_name: of the SP group, for ``exchange.py``.
-        through_peers: exchange through each other's memory, see ``peers.py``.
+        exchange: of this engine, in the SP group.
         token_adapters: LoRA adapters of this rank's tokens, see ``lora.py``; None without LoRA.
         position_repeats: rows of ``positions`` a token in SP mode. S where rotary embedding sees folded views; 1 where
             a token has one row: in code of transformers, where all attention is gathered (code like DeepSeek-V2's
@@ -58,8 +57,8 @@ class ModeSwitch:
     ) -> None:
         self.dims, self.max_tp_tokens = dims, max_tp_tokens
         self.sp_group, self._tp_group = sp_group, tp_group
-        self.group_name = register_group(sp_group)
-        self.in_sp = self.eager = self.early = self.through_peers = False
+        self.exchange = Exchange(sp_group)
+        self.in_sp = self.eager = self.early = False
         self.token_adapters: Any = None
 
     @contextmanager
@@ -81,7 +80,7 @@ class ModeSwitch:
 
     def nccl_collectives(self) -> int:
         """How many of NCCL a layer has in SP mode, of its two exchanges and, with T > 1, two sums below 8 MiB."""
-        exchanges = 0 if self.through_peers else 2
+        exchanges = 2 if self.exchange.peers is None else 0
         sums = 0 if self._tp_group is None or why_not_direct(self._tp_group) is None else 2
         return exchanges + sums
 
@@ -133,9 +132,9 @@ class ModeSwitch:
             # Not at the top: the CPU backend has no Triton.
             from vllm_shift.peers import connect
 
-            self.through_peers = connect(self.sp_group, layers, self.dims.padded_tokens(most_tokens), vllm_config)
-        groups = [self.group_name, *([] if self._tp_group is None else [self._tp_group.unique_name])]
-        self._twins = CompiledTwins(model, vllm_config, self.through_peers, groups)
+            connect(self.exchange, layers, self.dims.padded_tokens(most_tokens), vllm_config)
+        groups = [self.exchange.name, *([] if self._tp_group is None else [self._tp_group.unique_name])]
+        self._twins = CompiledTwins(model, vllm_config, self.exchange.peers is not None, groups)
         self._buffers: dict[str, torch.Tensor] = {}
         # Some modules replace a buffer when they run as they are; traces, where vLLM makes any, go by what it was.
         compiles = vllm_config.compilation_config.mode != CompilationMode.NONE
@@ -250,13 +249,13 @@ class ModeSwitch:
         # Code of transformers gives all slots of a token in one row.
         q, k, v = (as_rows(x, width) for x, width in zip(args, qkv_widths(layer), strict=True))
         if not self.early:
-            q, k, v = tokens_to_heads(q, k, v, self.dims.sp, self.group_name, self.through_peers)
+            q, k, v = self.exchange.tokens_to_heads(q, k, v)
         return (self.without_padding(q), self.without_padding(k), self.without_padding(v)), kwargs
 
     def _after_attention(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
         if not self.in_sp:
             return None
-        return heads_to_tokens(self.with_padding(output), self.dims.sp, self.group_name, self.through_peers)
+        return self.exchange.heads_to_tokens(self.with_padding(output))
 
     def without_padding(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of all tokens, [n*S, ...] to [N, ...]; in a compiled SP mode as they are."""

@@ -19,7 +19,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_shift.agreement import VARIABLE, StepCheck, check_settings, debug_wanted
 from vllm_shift.calibrate import calibrate
 from vllm_shift.config import CONFIG_KEY, ShiftConfig, code_hash
-from vllm_shift.exchange import custom_all_reduce, is_registered, why_not_direct
+from vllm_shift.exchange import custom_all_reduce, why_not_direct
 from vllm_shift.failure import describe_failure, describe_step, failed_captures_end_at_once
 from vllm_shift.gathered import inside_gathered
 from vllm_shift.graphs import fit_to_graphs, graph_memory, limit_splits, padded_sizes
@@ -77,16 +77,14 @@ class ShiftWorkerMixin(WorkerBase):
         # Within its pipeline stage; vLLM's TP group is all ranks of the stage.
         all_ranks = get_tp_group()
         dims = self.shift_config.dims(all_ranks.rank_in_group)
-        # Where SP spans all ranks their group does, too: NCCL would take half a GiB of each GPU for another. Peers are
-        # those of a group, so a further engine of this process has one of its own.
-        shares = dims.tp == 1 and not is_registered(all_ranks)
-        sp_group = all_ranks if shares else _new_group(dims.sp_groups, dims.world, "ulysses_sp")
+        # Where SP spans all ranks their group does, too: NCCL would take half a GiB of each GPU for another.
+        sp_group = all_ranks if dims.tp == 1 else _new_group(dims.sp_groups, dims.world, "ulysses_sp")
         # With "tp" in its name a group gets vLLM's custom all-reduce. Whether these GPUs can have it is asked here, of
         # all ranks: vLLM looks at the first GPUs of the host, whichever the group has.
         name = "ulysses_tp" if why_not_direct(all_ranks) is None else "ulysses_rows"
         tp_group = _new_group(dims.tp_groups, dims.world, name) if dims.tp > 1 else None
         self.switch = ModeSwitch(dims, self.shift_config.max_tp_tokens, sp_group, tp_group)
-        self._shift_groups = [group for group in (sp_group, tp_group) if group not in (all_ranks, None)]
+        self._shift_groups = [] if tp_group is None else [sp_group, tp_group]
         if debug_wanted():
             self._step_check = StepCheck(get_world_group().cpu_group)
 
