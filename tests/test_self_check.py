@@ -12,8 +12,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from vllm_shift import rounding, self_check
 from vllm_shift.dims import ParallelDims
+from vllm_shift.prompts import Prompts, prompt_lengths
 from vllm_shift.rounding import allowed_error, relative_error
-from vllm_shift.self_check import Difference, SelfCheck, prompt_lengths
+from vllm_shift.self_check import TOKENS_PER_RANK, Difference, SelfCheck
 from vllm_shift.switch import ModeSwitch
 
 
@@ -24,7 +25,7 @@ def fits(lengths):
 @pytest.mark.parametrize("threshold", [0, 1, 20, 64, 255, 600, 998])
 @pytest.mark.parametrize("sp", [2, 3, 8])
 def test_prompts_run_in_one_step_of_sp_mode(threshold, sp):
-    lengths = prompt_lengths(threshold, sp, 2048, 8, 400, fits)
+    lengths = prompt_lengths(threshold, sp, 2048, 8, 400, fits, TOKENS_PER_RANK)
     assert threshold < sum(lengths) <= 1000
     assert max(lengths) <= 400
     assert min(lengths) > 0
@@ -33,44 +34,46 @@ def test_prompts_run_in_one_step_of_sp_mode(threshold, sp):
 
 
 def test_prompts_respect_the_engine():
-    assert prompt_lengths(10, 2, 2048, 1, 400, fits) == [17]
-    assert prompt_lengths(10, 2, 11, 8, 400, fits) == [4, 4, 3]
-    assert prompt_lengths(0, 2, 16, 8, 400, fits) == [6, 5, 5]
-    assert prompt_lengths(0, 2, 1, 1, 400, fits) == [1]
+    assert prompt_lengths(10, 2, 2048, 1, 400, fits, TOKENS_PER_RANK) == [17]
+    assert prompt_lengths(10, 2, 11, 8, 400, fits, TOKENS_PER_RANK) == [4, 4, 3]
+    assert prompt_lengths(0, 2, 16, 8, 400, fits, TOKENS_PER_RANK) == [6, 5, 5]
+    assert prompt_lengths(0, 2, 1, 1, 400, fits, TOKENS_PER_RANK) == [1]
     # No step can reach SP mode: too few tokens in a step, too few blocks, too few requests.
-    assert prompt_lengths(128, 2, 128, 8, 400, fits) is None
-    assert prompt_lengths(1000, 2, 2048, 8, 400, fits) is None
-    assert prompt_lengths(500, 2, 2048, 1, 400, fits) is None
+    assert prompt_lengths(128, 2, 128, 8, 400, fits, TOKENS_PER_RANK) is None
+    assert prompt_lengths(1000, 2, 2048, 8, 400, fits, TOKENS_PER_RANK) is None
+    assert prompt_lengths(500, 2, 2048, 1, 400, fits, TOKENS_PER_RANK) is None
 
 
 def test_a_check_that_has_no_room_is_announced(caplog_vllm):
     check = object.__new__(SelfCheck)
+    scheduler = SimpleNamespace(
+        max_num_batched_tokens=512, max_num_scheduled_tokens=None, max_num_seqs=8, enable_chunked_prefill=True
+    )
+    model = SimpleNamespace(max_model_len=512, architecture="LlamaForCausalLM", runner_type="generate")
     check._worker = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_scheduled_tokens=None, max_num_seqs=8),
-        model_config=SimpleNamespace(max_model_len=512, architecture="LlamaForCausalLM"), rank=0,
-    )  # fmt: skip
+        scheduler_config=scheduler, model_config=model, vllm_config=SimpleNamespace(speculative_config=None), rank=0
+    )
     check._switch = SimpleNamespace(max_tp_tokens=256, dims=SimpleNamespace(sp=2))
-    check._runner = SimpleNamespace(kv_cache_config=SimpleNamespace(num_blocks=4))
-    check._groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))]
-    check._drafts, check._share, check._whole_prompts = 0, 0.0, False
+    groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))]
+    check._worker.model_runner = SimpleNamespace(kv_cache_config=SimpleNamespace(num_blocks=4, kv_cache_groups=groups))
+    check._execute, check._share = None, 0.0
     assert not check.run()
     assert "no self-check, because no prompts of 257 tokens" in caplog_vllm.text
     caplog_vllm.clear()
-    check._worker.model_config.architecture = "NewForCausalLM"
+    model.architecture = "NewForCausalLM"
     with pytest.raises(RuntimeError, match="NewForCausalLM is not among the tested architectures and needs one"):
         check.run()
     for most_scheduled, threshold in ((None, 512), (256, 256)):  # no step runs in SP mode
-        check._worker.scheduler_config.max_num_scheduled_tokens = most_scheduled
+        scheduler.max_num_scheduled_tokens = most_scheduled
         check._switch.max_tp_tokens = threshold
         assert not check.run()
     assert not caplog_vllm.text
 
 
 def test_blocks_of_draft_tokens_end_where_requests_end():
-    check = object.__new__(SelfCheck)
-    check._worker = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
-    check._drafts, group = 5, SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
-    assert [check._count(group, length) for length in (11, 12, 507, 511)] == [1, 2, 32, 32]
+    prompts, group = object.__new__(Prompts), SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
+    prompts._worker, prompts._drafts = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512)), 5
+    assert [prompts._num_blocks(group, length) for length in (11, 12, 507, 511)] == [1, 2, 32, 32]
 
 
 @pytest.mark.parametrize(("swap_bytes", "checks"), [(None, 1), (math.inf, 1), (4096, 2)])
@@ -82,20 +85,19 @@ def test_what_only_large_steps_do_is_checked_too(monkeypatch, swap_bytes, checks
     check._switch = ModeSwitch(ParallelDims(2, 1, 0), 8, SimpleGroup(unique_name="sp", world_size=2), None)
     check._switch.exchange.peers = peers
     check._runner = SimpleNamespace(cudagraph_manager=SimpleNamespace(_graphs_captured=True))
-    check._read_cache = lambda lengths: []
-    check._explain = lambda first, lengths: first.place
+    check._explain = lambda first: first.place
 
-    def process(lengths, most_tokens):
+    def run(most_tokens):
         graphs = check._runner.cudagraph_manager._graphs_captured
         ran.append((check._switch.max_tp_tokens, check._switch.eager, graphs, peers and peers.swap_bytes))
 
-    check._process, check._amplify = process, lambda lengths: {}
+    check._prompts, check._amplify = SimpleNamespace(run=run, read_cache=lambda: []), lambda: {}
     check._compare = lambda *args: [Difference(f"layer {len(ran)}", 0, float(fails and len(ran) == 3), 0.5)]
     if fails and checks == 2:
         with pytest.raises(RuntimeError, match="layer 3"):
-            check._differences([4, 5])
+            check._differences()
     else:
-        assert [each.place for each in check._differences([4, 5])] == ["layer 2", "layer 3"][:checks]
+        assert [each.place for each in check._differences()] == ["layer 2", "layer 3"][:checks]
     # The reference, a step as it would be, and one in which everything is swapped, which its CUDA graph would not.
     # Once more where it fails, when it is known what rounding grows to; that it is right then does not help.
     assert ran == [(8, False, True, swap_bytes)] * 2 + [(8, False, False, 0)] * (checks - 1) * (1 + fails)
@@ -116,13 +118,13 @@ def check_in_bfloat16(sp: int, is_moe: bool) -> SelfCheck:
 def test_a_share_that_may_differ_does_not_hide_a_rank(rank):
     """Of a mixture of experts that a quarter of the vectors may differ more, and a rank has a quarter of the tokens."""
     check = check_in_bfloat16(sp=4, is_moe=True)
-    check._read_cache = lambda lengths: []
+    check._prompts = SimpleNamespace(lengths=[86, 86, 85], read_cache=lambda: [])
     reference = torch.randn(257, 16, generator=torch.Generator().manual_seed(0))
 
     def failures(wrong):
         found = reference.clone()
         found[wrong] *= -1
-        return [each for each in check._compare([86, 86, 85], reference, found, [], 0) if each.fails]
+        return [each for each in check._compare(reference, found, [], 0) if each.fails]
 
     of_rank = torch.arange(257).split(65)[rank]
     # With the last prompt first, its tokens are in two places.
@@ -141,8 +143,8 @@ def test_few_tokens_of_a_trained_model_may_differ_more(sp, may_differ):
         found = reference.clone()
         found[:tokens] *= 1 + by
         name = f"layers.{layer}"
-        check._read_cache = lambda lengths: [(name, found)]
-        return check._compare([65], None, None, [(name, reference)], layers_before)[0].fails
+        check._prompts = SimpleNamespace(read_cache=lambda: [(name, found)])
+        return check._compare(None, None, [(name, reference)], layers_before)[0].fails
 
     assert allowed_error(torch.bfloat16, 11) == 0.1875
     assert not fails(65, 0.18)
@@ -211,17 +213,17 @@ def test_what_a_rounding_grows_to_is_measured_without_the_vectors_that_may_diffe
     check._worker = SimpleNamespace(rank=1)
     ran = []
 
-    def process(lengths, most_tokens):
+    def run(most_tokens):
         ran.append((check._switch.max_tp_tokens, check._switch.eager))
         hidden = embedding(torch.ones(100, 16))
         keys, values = hidden.clone(), 1 + 3 * (hidden - 1)
         values[:5] *= len(ran)  # of a hundred, in the second run
-        check._read_cache = lambda lengths: [("layers.1", values), ("layers.1", keys)]
+        check._prompts.read_cache = lambda: [("layers.1", values), ("layers.1", keys)]
         return keys
 
-    check._process = process
+    check._prompts = SimpleNamespace(run=run)
     one = 2**-23 / math.sqrt(2)  # of every second value
-    assert check._amplify([50, 50]) == pytest.approx({"layers.1": 3 * one, "hidden states": one}, rel=0.1)
+    assert check._amplify() == pytest.approx({"layers.1": 3 * one, "hidden states": one}, rel=0.1)
     assert ran == [(8, True)] * 2
     assert not embedding._forward_hooks
 

@@ -1,13 +1,11 @@
 """Self-check at start-up: the same tokens through both modes must leave the same KV cache and hidden states.
 
-It runs real steps through the stock worker, with the attention kernels, compiled traces and CUDA graphs that serving
-uses. The reference takes steps of at most the threshold, so they run in TP mode, which is stock vLLM; then one larger
-step runs in SP mode over the same KV cache blocks, and once more, without CUDA graphs, if much larger ones would
-exchange in another way. All write blocks that were zero and are zero again afterwards, and the scheduler never learns
-of it.
+It runs real steps through the stock worker (``prompts.py``), with the attention kernels, compiled traces and CUDA
+graphs that serving uses. The reference takes steps of at most the threshold, so they run in TP mode, which is stock
+vLLM; then one larger step runs in SP mode over the same KV cache blocks, and once more, without CUDA graphs, if much
+larger ones would exchange in another way.
 """
 
-import itertools
 import math
 import time
 from collections import defaultdict
@@ -18,24 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from vllm import PoolingParams, SamplingParams
-from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.platforms import current_platform
-from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import is_quantized_kv_cache
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
-from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
-from vllm.v1.outputs import AsyncModelRunnerOutput
-from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_shift.config import most_step_tokens
 from vllm_shift.gathered import gathered_modules
 from vllm_shift.layers import SlottedQKVParallelLinear
 from vllm_shift.limits import TESTED
+from vllm_shift.prompts import Prompts, prompt_lengths, without_kv_connector
 from vllm_shift.quantized import quantizes_inputs
 from vllm_shift.rounding import (
     AMPLIFIED_ROUNDINGS,
@@ -89,41 +81,6 @@ class Difference:
         return self.error / self.allowed
 
 
-def prompt_lengths(
-    max_tp_tokens: int,
-    sp: int,
-    most_tokens: int,
-    most_requests: int,
-    most_length: int,
-    fits: Callable[[list[int]], bool],
-    per_rank: int = TOKENS_PER_RANK,
-) -> list[int] | None:
-    """Lengths of the prompts that run in one step of SP mode.
-
-    Args:
-        max_tp_tokens: the threshold.
-        sp: SP degree; the prompts together are not a multiple of it where possible, so that some rows are padding.
-        most_tokens: largest number of tokens in a step.
-        most_requests: largest number of requests in a step.
-        most_length: largest length of a prompt.
-        fits: whether the KV cache holds prompts of these lengths.
-        per_rank: number of tokens a rank to have at least, where possible.
-
-    Returns:
-        None if the engine can run no step above the threshold.
-    """
-    least = max_tp_tokens + 1
-    wanted = max(least, per_rank * sp + 1)
-    wanted += wanted % sp == 0
-    wanted = max(least, min(wanted, most_tokens))
-    for total, requests in itertools.product((wanted, least), (3, 1)):
-        count = max(min(requests, most_requests), cdiv(total, most_length))
-        lengths = [total // count + (number < total % count) for number in range(count)]
-        if total <= most_tokens and count <= most_requests and min(lengths) > 0 and fits(lengths):
-            return lengths
-    return None
-
-
 class SelfCheck:
     """Runs the check on one rank; every rank of the engine has to take part.
 
@@ -132,28 +89,18 @@ class SelfCheck:
         execute: the stock worker's ``execute_model``.
     """
 
+    _prompts: Prompts
     # Measured by ``_amplify`` when the modes differ by more than is usual.
     _amplified: dict[str, float] | None = None
 
     def __init__(self, worker: Any, execute: Callable[[SchedulerOutput], Any]) -> None:
         self._worker, self._runner, self._execute = worker, worker.model_runner, execute
         self._switch: ModeSwitch = worker.switch
-        self._groups = worker.model_runner.kv_cache_config.kv_cache_groups
         model_config = worker.model_config
         self._dtype, self._layers = model_config.dtype, model_config.get_total_num_hidden_layers()
         self._quantizes = quantizes_inputs(worker.model_runner.get_model())
         self._quantizes_cache = is_quantized_kv_cache(worker.cache_config.cache_dtype)
         self._share, self._bounds_outliers = self._outliers(model_config.is_moe)
-        self._vocabulary = model_config.get_vocab_size()
-        speculative = worker.vllm_config.speculative_config
-        # A draft model writes that far beyond a prompt.
-        self._drafts = speculative.num_speculative_tokens if speculative else 0
-        self._pooling_task = None
-        if model_config.runner_type != "generate":
-            # The same on every rank, though vLLM's runners have them in the order of a set.
-            self._pooling_task = min(self._runner.get_supported_tasks(), default=None)
-        # Without chunked prefill, as some ways of pooling need it, prompts are not split here either.
-        self._whole_prompts = not worker.scheduler_config.enable_chunked_prefill
 
     @property
     def _quantizes_something(self) -> bool:
@@ -185,7 +132,7 @@ class SelfCheck:
         scheduler, threshold = self._worker.scheduler_config, self._switch.max_tp_tokens
         most = most_step_tokens(scheduler)
         longest = self._worker.model_config.max_model_len - 1
-        if self._whole_prompts and threshold:
+        if threshold and not scheduler.enable_chunked_prefill:
             longest = min(longest, threshold)  # for the steps in TP mode
         lengths = prompt_lengths(
             threshold,
@@ -193,16 +140,17 @@ class SelfCheck:
             most,
             scheduler.max_num_seqs,
             longest,
-            lambda found: sum(map(len, self._blocks(found))) < self._runner.kv_cache_config.num_blocks,
+            lambda lengths: Prompts(self._worker, self._execute, lengths).fit(),
             TOKENS_PER_RANK_OUTLIERS if self._share else TOKENS_PER_RANK,
         )
         if lengths is None:
             if most > threshold:
                 self._report_no_room(threshold + 1, scheduler.max_num_seqs)
             return False
-        with self._without_kv_connector():
-            differences = self._differences(lengths)
-        self._zero_cache(lengths)
+        self._prompts = Prompts(self._worker, self._execute, lengths)
+        with without_kv_connector(self._runner):
+            differences = self._differences()
+        self._prompts.zero_cache()
         if self._worker.rank == 0:
             worst = max(differences, key=lambda difference: difference.closeness)
             logger.info(
@@ -230,29 +178,29 @@ class SelfCheck:
         if self._worker.rank == 0:
             logger.warning("%s.", why)
 
-    def _differences(self, lengths: list[int]) -> list[Difference]:
+    def _differences(self) -> list[Difference]:
         """Between the modes, in the order of the layers; raises where one is too large."""
         threshold = self._switch.max_tp_tokens
         # An engine without a TP mode of its own has no trace and no CUDA graphs of it.
         with self._mode(threshold or _EVERYTHING, eager=not threshold):
-            reference, cache = self._reference(lengths, threshold or _EVERYTHING)
+            reference, cache = self._reference(threshold or _EVERYTHING)
         # Compiled code rounds otherwise than eager code.
         layers_before = int(not threshold)
 
         def compare() -> list[Difference]:
-            found = self._process(lengths, _EVERYTHING)
-            return self._compare(lengths, reference, found, cache, layers_before)
+            found = self._prompts.run(_EVERYTHING)
+            return self._compare(reference, found, cache, layers_before)
 
         def check() -> list[Difference]:
             differences = compare()
             first = _first_failing(differences)
             if first is not None and self._amplified is None:
-                self._amplified = self._amplify(lengths)
+                self._amplified = self._amplify()
                 # What was found once counts, whatever another run finds.
                 differences = [self._allow_growth(difference) for difference in differences] + compare()
                 first = _first_failing(differences)
             if first is not None:
-                raise RuntimeError(self._explain(first, lengths))
+                raise RuntimeError(self._explain(first))
             return differences
 
         differences = check()
@@ -263,12 +211,12 @@ class SelfCheck:
                 differences += check()
         return differences
 
-    def _reference(self, lengths: list[int], most_tokens: int) -> tuple[Any, list[tuple[str, torch.Tensor]]]:
-        """What ``_process`` returns, and a copy of what the KV cache then holds, see ``_read_cache``."""
-        hidden = self._process(lengths, most_tokens)
-        return hidden, [(place, x.cpu()) for place, x in self._read_cache(lengths)]
+    def _reference(self, most_tokens: int) -> tuple[Any, list[tuple[str, torch.Tensor]]]:
+        """What the prompts give, and a copy of what the KV cache then holds."""
+        hidden = self._prompts.run(most_tokens)
+        return hidden, [(place, x.cpu()) for place, x in self._prompts.read_cache()]
 
-    def _amplify(self, lengths: list[int]) -> dict[str, float]:
+    def _amplify(self) -> dict[str, float]:
         """How far one rounding of the embeddings moves what comes after it in TP mode, by place.
 
         In most models by little more than it did at first; in a few it grows severalfold in each layer. Vectors that
@@ -276,20 +224,20 @@ class SelfCheck:
         """
         threshold = self._switch.max_tp_tokens or _EVERYTHING
         with self._mode(threshold, eager=True):
-            reference, cache = self._reference(lengths, threshold)
+            reference, cache = self._reference(threshold)
             hooks = [
                 module.register_forward_hook(lambda module, args, output: round_otherwise(output))
                 for module in self._runner.get_model().modules()
                 if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
             ]
             try:
-                found = self._process(lengths, threshold)
+                found = self._prompts.run(threshold)
             finally:
                 for hook in hooks:
                     hook.remove()
             grown = [
                 (place, relative_error(expected.to(x.device), x, self._share_of(place)))
-                for (place, expected), (_, x) in zip(cache, self._read_cache(lengths), strict=True)
+                for (place, expected), (_, x) in zip(cache, self._prompts.read_cache(), strict=True)
                 if expected.any()
             ]
             if reference is not None and found is not None:
@@ -310,33 +258,6 @@ class SelfCheck:
         return amplified
 
     @contextmanager
-    def _without_kv_connector(self) -> Iterator[None]:
-        """Its scheduler knows nothing of these steps, and what they write is not for its store."""
-        of_v2 = getattr(self._runner, "kv_connector", NO_OP_KV_CONNECTOR)
-        agent = kv_transfer_state._KV_CONNECTOR_AGENT
-        of_v2.set_disabled(True)
-        kv_transfer_state._KV_CONNECTOR_AGENT = None
-        try:
-            yield
-        finally:
-            kv_transfer_state._KV_CONNECTOR_AGENT = agent
-            of_v2.set_disabled(False)
-
-    def _count(self, group: Any, length: int) -> int:
-        if isinstance(group.kv_cache_spec, EncoderOnlyAttentionSpec):
-            return 0  # attention in both directions keeps nothing
-        most = self._worker.model_config.max_model_len
-        return int(cdiv(min(length + self._drafts, most), group.kv_cache_spec.block_size))
-
-    def _blocks(self, lengths: list[int]) -> list[list[int]]:
-        """KV cache blocks of all prompts by KV cache group. Groups share memory, so no block is used twice."""
-        numbers = itertools.count(1)  # block 0 is vLLM's null block
-        return [
-            list(itertools.islice(numbers, sum(self._count(group, length) for length in lengths)))
-            for group in self._groups
-        ]
-
-    @contextmanager
     def _mode(self, max_tp_tokens: int, eager: bool, graphs: bool = True) -> Iterator[None]:
         """Another threshold; without CUDA graphs unless ``graphs``; with ``eager`` without compiled traces, too."""
         # Both of vLLM's model runners use no graph while this says that there are none.
@@ -352,131 +273,8 @@ class SelfCheck:
             setattr(owner, name, had_graphs)
             self._switch.eager = False
 
-    def _process(self, lengths: list[int], most_tokens: int) -> torch.Tensor | None:
-        """Run the prompts, their blocks zero before, in steps of up to ``most_tokens`` tokens.
-
-        Returns:
-            Hidden states [tokens, hidden], prompt after prompt, or what is pooled from them, [prompts, size]; None on
-            a pipeline rank that has none.
-        """
-        self._zero_cache(lengths)
-        names = [f"_shift_self_check_{number}" for number in range(len(lengths))]
-        blocks = [iter(numbers) for numbers in self._blocks(lengths)]
-        own_blocks = [
-            tuple(
-                list(itertools.islice(all_of, self._count(group, length)))
-                for all_of, group in zip(blocks, self._groups, strict=True)
-            )
-            for length in lengths
-        ]
-        done = [0] * len(lengths)
-        rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        while done != lengths:
-            step = SchedulerOutput.make_empty()
-            step.num_common_prefix_blocks = [0] * len(self._groups)
-            cached = step.scheduled_cached_reqs
-            for number, name in enumerate(names):
-                left = lengths[number] - done[number]
-                tokens = min(left, most_tokens - step.total_num_scheduled_tokens)
-                if not tokens or (self._whole_prompts and tokens < left):
-                    continue
-                if done[number]:
-                    cached.req_ids.append(name)
-                    cached.new_block_ids.append(None)
-                    cached.num_computed_tokens.append(done[number])
-                    cached.num_output_tokens.append(0)
-                else:
-                    step.scheduled_new_reqs.append(self._request(number, name, lengths[number], own_blocks[number]))
-                step.num_scheduled_tokens[name] = tokens
-                step.total_num_scheduled_tokens += tokens
-                done[number] += tokens
-            for name, hidden in self._run_step(step):
-                rows[name].append(hidden)
-        end = SchedulerOutput.make_empty()
-        end.finished_req_ids = set(names)
-        self._execute(end)
-        found = [hidden for name in names for hidden in rows[name]]
-        return torch.cat(found) if found else None
-
-    def _request(self, number: int, name: str, length: int, blocks: tuple[list[int], ...]) -> NewRequestData:
-        # Without structure, and the same on every rank.
-        pooling = self._pooling_task
-        tokens = [(index * index + 7919 * index + 104729 * number) % self._vocabulary for index in range(length)]
-        return NewRequestData(
-            req_id=name,
-            prompt_token_ids=tokens,
-            mm_features=[],
-            sampling_params=None if pooling else SamplingParams(temperature=0.0, max_tokens=1),
-            pooling_params=PoolingParams(task=pooling) if pooling else None,
-            block_ids=blocks,
-            num_computed_tokens=0,
-            lora_request=None,
-            prefill_token_ids=tokens,
-        )
-
-    def _run_step(self, step: SchedulerOutput) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hidden states of the step's tokens by request, or what a pooling model makes of finished prompts."""
-        output = self._execute(step)
-        state = self._runner.execute_model_state
-        # Between pipeline stages there are intermediate tensors instead.
-        if state is not None and isinstance(state.hidden_states, torch.Tensor):
-            # The model runners sort requests; V2 keeps the order with the step, V1 in its persistent batch.
-            batch = getattr(state, "input_batch", None) or self._runner.input_batch
-            names = list(batch.req_ids)
-            counts = [step.num_scheduled_tokens[name] for name in names]
-            hidden: Any = state.hidden_states[: sum(counts)].clone()
-            yield from zip(names, hidden.split(counts), strict=True)
-        if output is None:
-            self._worker.sample_tokens(None)
-        elif self._pooling_task:
-            if isinstance(output, AsyncModelRunnerOutput):
-                output = output.get_output()
-            for name, pooled in zip(output.req_ids, output.pooler_output, strict=True):
-                if pooled is not None:
-                    yield name, pooled.reshape(-1, pooled.shape[-1])
-
-    def _caches(self, lengths: list[int]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Name of a layer, its KV cache, and the numbers of the prompts' blocks in it."""
-        context = self._worker.vllm_config.compilation_config.static_forward_context
-        num_blocks = self._runner.kv_cache_config.num_blocks
-        for group, blocks in zip(self._groups, self._blocks(lengths), strict=True):
-            for name in group.layer_names if blocks else ():
-                caches = context[name].kv_cache
-                if getattr(context[name], "kv_cache_dtype", None) == "fp8_ds_mla":
-                    raise NotImplementedError(f"{name}: a KV cache fp8_ds_mla; set --kv-cache-dtype bfloat16")
-                for cache in caches if isinstance(caches, list | tuple) else [caches]:
-                    # An attention backend may divide a block into several of its own.
-                    parts = len(cache) // num_blocks
-                    if parts * num_blocks != len(cache) or not parts:
-                        raise NotImplementedError(f"{name}: the self-check does not know a KV cache {cache.shape}")
-                    numbers = torch.tensor(blocks, device=cache.device).unsqueeze(1) * parts
-                    yield name, cache, (numbers + torch.arange(parts, device=cache.device)).flatten()
-
-    def _zero_cache(self, lengths: list[int]) -> None:
-        for _, cache, numbers in self._caches(lengths):
-            cache.index_fill_(0, numbers, 0)
-
-    def _read_cache(self, lengths: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the prompts' blocks hold: vectors [..., size], keys and values apart.
-
-        The CPU backend packs a block, so that there a vector is of several tokens.
-        """
-        context = self._worker.vllm_config.compilation_config.static_forward_context
-        own = {*self._runner.get_model().modules(), *self._switch.attention_layers}
-        for name, cache, numbers in self._caches(lengths):
-            if context[name] not in own:
-                continue  # of a draft model, which has one mode only
-            found = cache.index_select(0, numbers)
-            # Not all layers are quantized: the state of a Mamba layer is not, nor are those that a flag names.
-            if self._quantizes_cache and found.element_size() == 1:
-                found = found.view(current_platform.fp8_dtype()).float()
-            # Attention backends store [blocks, heads, block size, key and value].
-            for part in found.chunk(2, dim=-1) if found.dim() == 4 else [found]:
-                yield name, part
-
     def _compare(
         self,
-        lengths: list[int],
         reference: torch.Tensor | None,
         found: torch.Tensor | None,
         cache: list[tuple[str, torch.Tensor]],
@@ -487,14 +285,14 @@ class SelfCheck:
         written = {name for name, expected in cache if expected.any()}
         differences = [
             self._difference(name, _layer(name) + layers_before, expected.to(x.device), x, self._share_of(name))
-            for (name, expected), (_, x) in zip(cache, self._read_cache(lengths), strict=True)
+            for (name, expected), (_, x) in zip(cache, self._prompts.read_cache(), strict=True)
             if expected.any() or x.any() or name not in written
         ]
         differences.sort(key=lambda difference: difference.layer)
         if reference is not None and found is not None:
             layer = self._layers + layers_before
             differences.append(self._difference("hidden states", layer, reference, found, self._share))
-            if self._share * self._switch.dims.sp >= 1 and len(found) == sum(lengths):
+            if self._share * self._switch.dims.sp >= 1 and len(found) == sum(self._prompts.lengths):
                 differences += self._of_parts(layer, reference, found)
         return differences
 
@@ -531,8 +329,8 @@ class SelfCheck:
                 error = relative_error(expected[part], found[part], PART_SHARE)
                 yield Difference("hidden states of a rank", layer, error, MOST_ALLOWED)
 
-    def _explain(self, first: Difference, lengths: list[int]) -> str:
-        located = self._locate(lengths)
+    def _explain(self, first: Difference) -> str:
+        located = self._locate()
         where = f"{first.place} is the first to differ (by {first.error:.2g} of a vector's length, {first.allowed:.2g} "
         where += "is rounding)"
         if located is None:
@@ -545,22 +343,21 @@ class SelfCheck:
             "until then start the server without Ulysses sequence parallelism."
         )
 
-    def _locate(self, lengths: list[int]) -> Difference | None:
+    def _locate(self) -> Difference | None:
         """Run both modes again, every module by itself, and find the first one whose output differs."""
         # By module and call: layers share some modules, as the rotary embedding, which is named after the first.
         outputs: dict[str, Iterator[list[torch.Tensor]]] = {}
         recorded: dict[str, list[list[torch.Tensor]]] = defaultdict(list)
         differences: list[Difference] = []
-        sp, sp_rank = self._switch.dims.sp, self._switch.dims.sp_rank
-        rows = self._switch.dims.local_tokens(sum(lengths))
-        own = self._switch.dims.local_slice(sum(lengths))
+        dims, tokens = self._switch.dims, sum(self._prompts.lengths)
+        sp, rows, own = dims.sp, dims.local_tokens(tokens), dims.local_slice(tokens)
         layer, exchanged = 0, False
 
         def record(module: nn.Module, name: str, output: Any) -> None:
             nonlocal layer, exchanged
             tensors = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
             if not self._switch.in_sp:
-                kept = [x[own] if x.dim() and len(x) == sum(lengths) else x.new_empty(0) for x in tensors]
+                kept = [x[own] if x.dim() and len(x) == tokens else x.new_empty(0) for x in tensors]
                 # Copies, because modules change their inputs in place.
                 recorded[name].append([x.to("cpu", copy=True) for x in kept])
                 return
@@ -574,8 +371,8 @@ class SelfCheck:
                 if not len(expected) or not x.dim():
                     continue
                 if len(x) == rows * sp and not exchanged:  # folded: this rank's own slot is its TP shard
-                    x = x.view(rows, sp, *x.shape[1:])[:, sp_rank]
-                elif len(x) in (rows * sp, sum(lengths)):
+                    x = x.view(rows, sp, *x.shape[1:])[:, dims.sp_rank]
+                elif len(x) in (rows * sp, tokens):
                     x = x[own]
                 x = x[: len(expected)]
                 if x.shape == expected.shape and x.is_floating_point():
@@ -594,7 +391,7 @@ class SelfCheck:
         try:
             for max_tp_tokens in (_EVERYTHING, 0):
                 with self._mode(max_tp_tokens, eager=True):
-                    self._process(lengths, _EVERYTHING)
+                    self._prompts.run(_EVERYTHING)
         finally:
             for hook in hooks:
                 hook.remove()
