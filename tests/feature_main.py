@@ -3,7 +3,6 @@
 Usage: feature_main.py JOB.json, see ``rank_group.run_ranks``.
 """
 
-import gc
 import json
 import os
 import shutil
@@ -19,7 +18,6 @@ from rank_main import generate
 from safetensors.torch import load_file
 from vllm import LLM, PoolingParams, SamplingParams
 from vllm.compilation.counter import compilation_counter
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
@@ -225,8 +223,7 @@ def try_feature(job: dict[str, Any], feature: dict[str, Any], stock_caches: list
         runs.append(run)
     llm.llm_engine.engine_core.shutdown()
     del llm
-    cleanup_dist_env_and_memory()
-    gc.collect()
+    rank_main.forget_engine()
     return runs
 
 

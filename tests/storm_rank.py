@@ -4,7 +4,6 @@ Usage: storm_rank.py JOB.json FD, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
 descriptor of a ``multiprocessing`` connection that takes schedules and gives results, both as JSON.
 """
 
-import gc
 import json
 import os
 import random
@@ -15,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from rank_main import tokens_and_logprobs
+from rank_main import forget_engine, tokens_and_logprobs
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -151,8 +150,7 @@ def main() -> None:
     reference = [found(output) for output in llm.generate(prompts, params(job["max_tokens"]), use_tqdm=False)]
     llm.llm_engine.engine_core.shutdown()
     del llm
-    cleanup_dist_env_and_memory()
-    gc.collect()
+    forget_engine()
     os.environ["MASTER_PORT"] = str(port + 1)
     make_bug_plantable()
     shift = {"tensor_parallel_size": job["tp"], "ulysses_sequence_parallel_size": job["sp"]}
