@@ -142,7 +142,7 @@ CASES = (
 def wrong_elements(group: Group, rounds: int, error: str, with_graphs: bool) -> int:
     """Elements that are wrong on any rank after so many rounds."""
     peers = PeerMemory(group, [LAYER], max(SIZES) * group.world_size, torch.float32, keeps=True)  # type: ignore[arg-type]
-    peers.meet(group)  # type: ignore[arg-type]
+    peers.meet()
     if peers.swap_bytes < math.inf:  # only two ranks have exchanges beside products
         peers.swap_bytes = SWAP_BYTES
     common = random.Random(0)

@@ -71,7 +71,7 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
     nccl, peers, size = Exchange(group), Exchange(group), sizes["head_dim"]
     layer = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_size=size, head_size_v=size)
     peers.peers = PeerMemory(group, [layer], max(args.tokens), torch.bfloat16, keeps=True)
-    peers.peers.meet(group)
+    peers.peers.meet()
 
     # Of the output projection, in the layout of the slots, and of q, k and v.
     hidden, widths = sizes["hidden_size"], (heads * size, kv_heads * size, kv_heads * size)

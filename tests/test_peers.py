@@ -73,7 +73,7 @@ def connected(peers, monkeypatch, sp: int, rows: int, keeps: bool) -> list[Excha
     ]  # fmt: skip
     for exchange in exchanges:
         exchange.peers = peers.PeerMemory(exchange.group, [LAYER], rows * sp, torch.float32, keeps)
-        exchange.peers.meet(exchange.group)
+        exchange.peers.meet()
     return exchanges
 
 

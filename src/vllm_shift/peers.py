@@ -91,22 +91,23 @@ class _Buffer:
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, group: GroupCoordinator) -> None:
-        self._rank, self._ranks = group.rank_in_group, group.world_size
+        self._group, self._rank, self._ranks = group, group.rank_in_group, group.world_size
         self._memory = symmetric_memory.empty(elements, dtype=dtype, device=group.device)
         self._targets = torch.empty(self._ranks, dtype=torch.int64, device=group.device)
         self._stream = torch.cuda.Stream(group.device)  # type: ignore[no-untyped-call]
         self._ready, self._sent = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def meet(self, group: GroupCoordinator) -> None:
+    def meet(self) -> None:
         """Learn the addresses of the others' buffers; all ranks of the group do so at the same time.
 
         Raises:
             RuntimeError: the GPUs cannot share memory.
         """
-        self._handle = symmetric_memory.rendezvous(self._memory, group.device_group.group_name)
+        name = self._group.device_group.group_name
+        self._handle = symmetric_memory.rendezvous(self._memory, name)
         # PyTorch knows groups by names, which an earlier engine in this process may have used.
         if (self._handle.rank, self._handle.world_size) != (self._rank, self._ranks):
-            raise RuntimeError(f"PyTorch takes {group.device_group.group_name} for another group")
+            raise RuntimeError(f"PyTorch takes {name} for another group")
         self._targets.copy_(torch.tensor(self._handle.buffer_ptrs))
 
     def exchange(self, sources: Sequence[torch.Tensor], strides: tuple[int, int, int, int]) -> torch.Tensor:
@@ -185,10 +186,10 @@ class PeerMemory:
         self._heads = _Buffer(rows * max(sum(qkv_widths(x)) for x in layers), dtype, group)
         self._tokens = _Buffer(rows * max(x.num_heads * x.head_size_v for x in layers), dtype, group)
 
-    def meet(self, group: GroupCoordinator) -> None:
+    def meet(self) -> None:
         """As ``_Buffer.meet``, for both directions."""
-        self._heads.meet(group)
-        self._tokens.meet(group)
+        self._heads.meet()
+        self._tokens.meet()
 
     def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """[n*S, ...] each, in the folded view, to [n*S, all columns] in the head view."""
@@ -301,7 +302,7 @@ def _share_memory(exchange: Exchange, layers: Sequence[Attention], rows: int, vl
         all_ranks,
     )
     if problem is None:
-        _, problem = _attempt("the GPUs cannot share memory", lambda: peers.meet(group), all_ranks)
+        _, problem = _attempt("the GPUs cannot share memory", peers.meet, all_ranks)
     if problem is None:
         exchange.peers = peers
     return problem
